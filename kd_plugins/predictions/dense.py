@@ -1,0 +1,219 @@
+"""The canonical form that dense detection heads are read into."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_plugins.errors import DistillError
+
+ACTIVATIONS = ('sigmoid', 'softmax', 'probability')
+FIELDS = ('cls', 'obj', 'ltrb', 'dist', 'box')  # the prediction tensors, (B, A, ...)
+_FLOOR = 1e-6  # probabilities are kept this far from 0 and 1 when they are turned into logits
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """Raw predictions of a dense detection head for one batch of images.
+
+    Positions are ordered level by level (levels by ascending stride), inside a level row by row, and at one
+    location prior by prior, so that ``A = sum(h * w * num_priors)``. Instances are immutable; every method
+    returns a new one.
+
+    Attributes:
+        cls: ``(B, A, C)`` class logits, or probabilities if ``activation`` is ``'probability'``. With
+            ``'softmax'`` the last column is the background, so ``C`` is the number of classes plus one.
+        activation: How ``cls`` becomes a probability: one of ``ACTIVATIONS``.
+        level_sizes: ``(h, w)`` of every level, in grid cells.
+        strides: Stride of every level in pixels, ascending.
+        points: ``(A, 2)`` reference points ``(x, y)`` in pixels of the network input; ``ltrb`` counts from them.
+        obj: ``(B, A, 1)`` objectness (or centerness) logits, or None when the head has none.
+        ltrb: ``(B, A, 4)`` signed distances from the point to the left, top, right and bottom side of the
+            decoded box, in units of the level's stride; None when the head cannot be decoded.
+        dist: ``(B, A, 4, R)`` logits of the distances' bins (GFL), or None. Bin ``k`` means ``k`` strides.
+        box: ``(B, A, 4)`` the head's own regression output, undecoded, or None. Heads whose output already is
+            the distances, or the box, leave it None: ``ltrb`` says it all.
+        box_coding: Names what ``box`` means; two heads' ``box`` are comparable when these are equal.
+        num_priors: Priors (anchors) per location.
+        absent: Why a field is None, by field name; quoted by :meth:`require`.
+
+    Raises:
+        DistillError: Shapes do not fit together.
+    """
+
+    cls: Tensor
+    activation: str
+    level_sizes: tuple[tuple[int, int], ...]
+    strides: tuple[float, ...]
+    points: Tensor
+    obj: Tensor | None = None
+    ltrb: Tensor | None = None
+    dist: Tensor | None = None
+    box: Tensor | None = None
+    box_coding: str | None = None
+    num_priors: int = 1
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise DistillError(f'activation must be one of {ACTIVATIONS}, got {self.activation!r}.')
+        if self.cls.dim() != 3:
+            raise DistillError(f'cls must be (B, A, C), got {tuple(self.cls.shape)}.')
+        if len(self.level_sizes) != len(self.strides):
+            raise DistillError(f'{len(self.level_sizes)} level sizes but {len(self.strides)} strides.')
+        if any(a >= b for a, b in itertools.pairwise(self.strides)):
+            raise DistillError(f'strides must ascend, got {self.strides}.')
+        if (self.box is None) != (self.box_coding is None):
+            raise DistillError('box and box_coding must be given together.')
+        batch, anchors, _ = self.cls.shape
+        expected = sum(self.level_lengths)
+        if anchors != expected:
+            raise DistillError(
+                f'cls has {anchors} positions, but levels {self.level_sizes} with {self.num_priors} prior(s) '
+                f'per location have {expected}.'
+            )
+        if tuple(self.points.shape) != (anchors, 2):
+            raise DistillError(f'points must be ({anchors}, 2), got {tuple(self.points.shape)}.')
+        for name, last in (('obj', (1,)), ('ltrb', (4,)), ('box', (4,)), ('dist', (4, None))):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            shape = tuple(value.shape)
+            want = (batch, anchors, *last)
+            if len(shape) != len(want) or any(w is not None and s != w for s, w in zip(shape, want, strict=True)):
+                shown = ', '.join('R' if w is None else str(w) for w in want)
+                raise DistillError(f'{name} must be ({shown}), got {shape}.')
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes (the background of a softmax head is not counted)."""
+        return self.cls.shape[-1] - (self.activation == 'softmax')
+
+    @property
+    def level_lengths(self) -> tuple[int, ...]:
+        """Positions of every level: ``h * w * num_priors``."""
+        return tuple(h * w * self.num_priors for h, w in self.level_sizes)
+
+    @property
+    def stride_of(self) -> Tensor:
+        """``(A, 1)`` stride of every position in pixels."""
+        # Filled on the device: a repeat_interleave by a tensor of lengths would wait for the GPU.
+        lengths = self.level_lengths
+        return torch.cat([self.points.new_full((n, 1), s) for n, s in zip(lengths, self.strides, strict=True)])
+
+    def replace(self, **changes) -> DensePredictions:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DensePredictions:
+        """A copy with ``function`` applied to every prediction tensor (points excluded)."""
+        return self.replace(**{n: function(v) for n in FIELDS if (v := getattr(self, n)) is not None})
+
+    def detach(self) -> DensePredictions:
+        """A copy cut from the autograd graph."""
+        return self.map(Tensor.detach)
+
+    def float(self) -> DensePredictions:
+        """A copy in float32 (float64 stays)."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+        return self.map(cast).replace(points=cast(self.points))
+
+    def require(self, name: str) -> Tensor:
+        """The field ``name``, for a loss that cannot do without it.
+
+        Raises:
+            DistillError: The field is None; the message says why where that is known.
+        """
+        value = getattr(self, name)
+        if value is None:
+            reason = self.absent.get(name, 'the head has no such output')
+            raise DistillError(f'These predictions have no {name!r}: {reason}.')
+        return value
+
+    def class_probabilities(self) -> Tensor:
+        """``(B, A, num_classes)`` foreground class probabilities, objectness not applied."""
+        if self.activation == 'sigmoid':
+            return self.cls.sigmoid()
+        if self.activation == 'softmax':
+            return self.cls.softmax(-1)[..., :-1]
+        return self.cls
+
+    def class_logits(self) -> Tensor:
+        """``(B, A, C)`` class logits; probabilities are inverted with a floor of 1e-6."""
+        return self.cls if self.activation != 'probability' else _logit(self.cls)
+
+    def binary_logits(self) -> Tensor:
+        """``(B, A, num_classes)`` logits whose sigmoid is the class probability, whatever the activation."""
+        if self.activation == 'softmax':
+            # logit(p) = log p - log(1 - p), with log p from log_softmax, so that small p keep their precision.
+            log_p = self.cls.log_softmax(-1)[..., :-1].clamp(max=-_FLOOR)
+            return log_p - (-log_p.expm1()).log()
+        return self.class_logits()
+
+    def confidence(self) -> Tensor:
+        """``(B, A)`` highest class probability, times objectness where the head has one."""
+        best = self.class_probabilities().amax(-1)
+        return best if self.obj is None else best * self.obj.sigmoid()[..., 0]
+
+    def boxes(self) -> Tensor:
+        """``(B, A, 4)`` decoded boxes ``(x1, y1, x2, y2)`` in pixels of the network input, not clipped.
+
+        Raises:
+            DistillError: The head's boxes could not be decoded (``ltrb`` is None).
+        """
+        distances = self.require('ltrb') * self.stride_of
+        return torch.cat([self.points - distances[..., :2], self.points + distances[..., 2:]], -1)
+
+    def select_levels(self, strides: Sequence[float]) -> DensePredictions:
+        """Keep the levels of these strides only."""
+        keep = [i for i, s in enumerate(self.strides) if s in strides]
+        if len(keep) == len(self.strides):
+            return self
+        if not keep:
+            raise DistillError(f'There is no level of stride {tuple(strides)}; the levels have {self.strides}.')
+
+        def pick(tensor: Tensor, dim: int) -> Tensor:
+            pieces = tensor.split(self.level_lengths, dim)
+            return torch.cat([pieces[i] for i in keep], dim)
+
+        return self.replace(
+            **{n: pick(v, 1) for n in FIELDS if (v := getattr(self, n)) is not None},
+            points=pick(self.points, 0),
+            level_sizes=tuple(self.level_sizes[i] for i in keep),
+            strides=tuple(self.strides[i] for i in keep),
+        )
+
+    def select_classes(self, index: Sequence[int]) -> DensePredictions:
+        """Keep these foreground classes, in this order.
+
+        Of a softmax head the other classes are added to the background (which stays last), so that the
+        probabilities of the kept classes do not change.
+        """
+        index = list(index)
+        total = self.num_classes
+        if index == list(range(total)):
+            return self
+        wrong = [i for i in index if not 0 <= i < total]
+        if wrong:
+            raise DistillError(f'Class index {wrong[0]} is outside 0..{total - 1}.')
+        if len(set(index)) < len(index):
+            raise DistillError(f'Class indices must not repeat, got {index}.')
+        kept = self.cls[..., index]
+        if self.activation == 'softmax':
+            rest = [i for i in range(total + 1) if i not in set(index)]
+            kept = torch.cat([kept, self.cls[..., rest].logsumexp(-1, keepdim=True)], -1)
+        return self.replace(cls=kept)
+
+
+def _logit(probability: Tensor) -> Tensor:
+    """Inverse of the sigmoid, with probabilities kept ``_FLOOR`` away from 0 and 1."""
+    p = probability.clamp(_FLOOR, 1 - _FLOOR)
+    return p.log() - (-p).log1p()

@@ -1,0 +1,143 @@
+"""Which function reads which detection head into :class:`DensePredictions`.
+
+A reader turns what ``head.forward`` returned into the canonical form::
+
+    from kd_plugins.predictions import DensePredictions, register_reader
+
+    @register_reader('my_project.MyHead')  # or the class itself: @register_reader(MyHead)
+    def read_my_head(head, outputs, *, training):
+        scores, boxes = outputs            # exactly what head.forward(features) returned
+        ...
+        return DensePredictions(cls=..., activation='sigmoid', level_sizes=..., strides=..., points=..., ltrb=...)
+
+Importing the module that holds it is enough (``custom_imports`` in an MMEngine config). Test it by comparing
+``read(head, outputs).boxes()`` with the boxes that the head itself decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from kd_plugins.errors import DistillError
+from kd_plugins.predictions.dense import DensePredictions
+
+Reader = Callable[..., DensePredictions]
+
+# A class that overrides one of these between the head and the class that the reader was written for gives the
+# head's outputs another meaning, so the reader must not be applied (VFNetHead is an ATSSHead by inheritance only).
+DECODING = (
+    'forward',
+    'forward_single',
+    'predict_by_feat',
+    '_predict_by_feat_single',
+    '_bbox_decode',
+    'anchor_center',
+)
+
+_readers: dict[str | type, Reader] = {}
+
+
+def register_reader(target: str | type) -> Callable[[Reader], Reader]:
+    """Decorator: ``function(head, outputs, *, training) -> DensePredictions`` reads heads of this class.
+
+    Args:
+        target: The head class, or its name: ``'package.ClassName'`` (any module of that package; nothing needs
+            to be imported), or just ``'ClassName'`` for a class of that name wherever it is defined. The
+            later registration of the same target wins.
+
+    Returns:
+        The decorator; the function itself is returned unchanged. It gets ``outputs`` exactly as
+        ``head.forward`` returned them and ``training``, the mode that the head was in during that call.
+
+    Raises:
+        DistillError: ``target`` is neither a class nor a name.
+    """
+    if not isinstance(target, (str, type)) or target == '':
+        raise DistillError(f'A reader is registered for a head class or its name, not for {target!r}.')
+
+    def decorate(function: Reader) -> Reader:
+        _readers[target] = function
+        return function
+
+    return decorate
+
+
+def supported_heads() -> tuple[str, ...]:
+    """Names of the head classes that have a reader, sorted."""
+    return tuple(sorted({(k if isinstance(k, str) else k.__qualname__).rpartition('.')[2] for k in _readers}))
+
+
+def find_reader(head: nn.Module) -> Reader:
+    """The reader of a head: that of the nearest class it inherits from which has one.
+
+    Args:
+        head: The head module.
+
+    Returns:
+        The registered function.
+
+    Raises:
+        DistillError: No class of the head has a reader, or a class in between overrides how outputs are made
+            or decoded. The message lists the supported heads and how to add one.
+    """
+    name = type(head).__name__
+    override: str | None = None
+    for cls in type(head).__mro__:
+        reader = _reader_of(cls)
+        if reader is not None:
+            if override is None:
+                return reader
+            raise _refusal(name, f'{override} makes its outputs mean something else than those of {cls.__name__}')
+        if override is None:
+            own = [m for m in DECODING if m in vars(cls)]
+            if own:
+                override = f'{cls.__name__}.{own[0]}'
+    raise _refusal(name)
+
+
+def read(head: nn.Module, outputs: Any, *, training: bool | None = None) -> DensePredictions:
+    """Read what ``head.forward`` returned.
+
+    Args:
+        head: The head module.
+        outputs: What its ``forward`` returned, unchanged.
+        training: Mode of the head during that call. Default: ``head.training`` now.
+
+    Returns:
+        The predictions in float32 (float64 stays), still in the autograd graph.
+
+    Raises:
+        DistillError: The head has no reader, or is configured in a way that its reader does not support.
+    """
+    reader = find_reader(head)
+    predictions = reader(head, outputs, training=head.training if training is None else training)
+    if not isinstance(predictions, DensePredictions):
+        raise DistillError(
+            f'The reader of {type(head).__name__} returned {type(predictions).__name__}, not DensePredictions.'
+        )
+    return predictions
+
+
+def _reader_of(cls: type) -> Reader | None:
+    if cls in _readers:
+        return _readers[cls]
+    for key, reader in _readers.items():
+        if isinstance(key, str):
+            package, _, name = key.rpartition('.')
+            inside = not package or cls.__module__ == package or cls.__module__.startswith(package + '.')
+            if name == cls.__name__ and inside:
+                return reader
+    return None
+
+
+def _refusal(name: str, because: str = '') -> DistillError:
+    supported = ', '.join(supported_heads()) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
+    reason = f' ({because})' if because else ''
+    return DistillError(
+        f'Predictions of {name} cannot be read{reason}. Supported heads: {supported}. For another head write a '
+        f'function (head, outputs, *, training) -> DensePredictions and decorate it with '
+        f'@kd_plugins.predictions.register_reader({name!r}).'
+    )
