@@ -1,0 +1,57 @@
+# Everything from a bare machine: `make demo` or `make test`. `make` alone explains.
+
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# Any Python 3 can start the installer, which looks for a supported one; a PYTHON that was given is taken at its word.
+STARTER := $(or $(PYTHON),$(shell for p in python3 python3.12 python3.11 python3.10; do command -v $$p && break; done))
+PY := "$(VENV)/bin/python"
+
+LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check .
+UNIT = $(PY) -m pytest tests/unit $(PYTEST_ARGS)
+REAL = $(PY) -m pytest tests/integration $(PYTEST_ARGS)
+
+.PHONY: help install demo test test-unit test-real lint format clean
+
+help:
+	@echo 'make demo       install if needed, then the whole comparison on real images (DEMO_ARGS="--seeds 3")'
+	@echo 'make test       install if needed, then lint, unit tests and real runs'
+	@echo 'make install    virtual environment, frameworks, this project; does nothing when up to date'
+	@echo 'make test-unit | test-real | lint    one lane of make test (PYTEST_ARGS="-k name")'
+	@echo 'make format     let ruff format and mend the sources'
+	@echo 'make clean      remove caches and build leftovers, keep the virtual environment'
+	@echo
+	@echo 'VENV=$(VENV) is the virtual environment, PYTHON= the interpreter it is made from (3.10, 3.11 or 3.12).'
+
+install:
+	@command -v "$(STARTER)" >/dev/null || { \
+	  echo "install: found no Python$(if $(PYTHON), at PYTHON=$(PYTHON)); install Python 3.10, 3.11 or 3.12." >&2; exit 2; }
+	@"$(STARTER)" tools/install.py --venv "$(VENV)" $(if $(PYTHON),--exact)
+
+demo: install
+	@$(PY) tools/demo.py $(DEMO_ARGS)
+
+# Every lane runs, so that one failure does not hide another.
+test: install
+	@failed=; \
+	{ $(LINT); } || failed="$$failed lint"; \
+	$(UNIT) || failed="$$failed test-unit"; \
+	$(REAL) || failed="$$failed test-real"; \
+	test -z "$$failed" || { echo "make test: failed in$$failed" >&2; exit 1; }
+
+test-unit: install
+	@$(UNIT)
+
+test-real: install
+	@$(REAL)
+
+lint: install
+	@$(LINT)
+
+format: install
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@find kd_plugins tests tools configs -name __pycache__ -type d -prune -exec rm -rf {} +
