@@ -1,0 +1,27 @@
+"""Settings of every test: one thread, no hidden pip call, the lanes' markers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported. One thread: small tensors run faster, and results do not depend on the machine's cores.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+# Some frameworks pip-install what they miss. Here that has to fail, in child processes too.
+os.environ['PIP_NO_INDEX'] = '1'
+os.environ['YOLO_AUTOINSTALL'] = 'false'
+
+INTEGRATION = Path(__file__).parent / 'integration'
+
+
+def pytest_collection_modifyitems(items):
+    """Mark by folder: whatever lies in tests/integration is a real run."""
+    for item in items:
+        if INTEGRATION in item.path.parents:
+            item.add_marker(pytest.mark.real)
+        if item.get_closest_marker('gpu'):
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason='no CUDA device'))
