@@ -1,0 +1,25 @@
+"""The engine: taps, teacher, terms, schedules and the summary. Knows torch, losses, adapters and predictions only."""
+
+from kd_plugins.distiller.checkpoints import find_weights, load_checkpoint
+from kd_plugins.distiller.engine import AdapterBank, Distiller, Position
+from kd_plugins.distiller.summary import summary
+from kd_plugins.distiller.taps import Capture, Tap, find_module
+from kd_plugins.distiller.teacher import Teacher, load_strictly, untouched_rng
+from kd_plugins.distiller.terms import Term, build_terms
+
+__all__ = [
+    'AdapterBank',
+    'Capture',
+    'Distiller',
+    'Position',
+    'Tap',
+    'Teacher',
+    'Term',
+    'build_terms',
+    'find_module',
+    'find_weights',
+    'load_checkpoint',
+    'load_strictly',
+    'summary',
+    'untouched_rng',
+]

@@ -1,0 +1,207 @@
+"""Taps: what a module computes during one forward pass, recorded by module path.
+
+Forward hooks are not enough here. MMSegmentation's decode heads and MMDetection's heads in tensor mode are
+called through ``.forward``, which bypasses hooks. A tap therefore replaces ``forward`` on the *instance* while
+a capture is open and takes it off again when the capture closes, also after an exception.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError, nearest
+
+_PATH = re.compile(r'^(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a model: a dotted module path and, optionally, which of its outputs.
+
+    Written ``'neck'`` (all outputs), ``'neck[1]'`` (the second one) or ``'backbone.layer3'``.
+    """
+
+    module: str
+    index: Optional[int] = None
+
+    @classmethod
+    def parse(cls, text: object, where: str) -> Tap:
+        """Read a tap from its spelling in a config.
+
+        Args:
+            text: The spelling.
+            where: Who asks, for the error message, e.g. ``"term 'logits': student"``.
+
+        Raises:
+            DistillError: ``text`` is not a path.
+        """
+        match = _PATH.match(text) if isinstance(text, str) else None
+        if match is None:
+            raise DistillError(f"{where} must be a module path like 'neck' or 'neck[1]', got {text!r}.")
+        index = match['index']
+        return cls(match['module'], None if index is None else int(index))
+
+    def __str__(self) -> str:
+        return self.module if self.index is None else f'{self.module}[{self.index}]'
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded forward call of a tapped module.
+
+    Attributes:
+        output: What ``forward`` returned, tensors cloned, so that an in-place activation that follows cannot
+            overwrite them.
+        training: The module's ``training`` flag during the call; some heads return other tuples in evaluation.
+    """
+
+    output: Any
+    training: bool
+
+
+def find_module(model: nn.Module, path: str, where: str) -> nn.Module:
+    """The sub-module at a dotted path.
+
+    Args:
+        model: The model to search.
+        path: Dotted path; numbers index ``ModuleList`` and ``Sequential``.
+        where: Who asks, for the error message.
+
+    Raises:
+        DistillError: There is no such module; the nearest paths and the children of the last valid part are named.
+    """
+    module, walked = model, []
+    for part in path.split('.'):
+        child = module._modules.get(part)
+        if child is None:
+            place = '.'.join(walked) or type(model).__name__
+            children = [name for name, value in module._modules.items() if value is not None]
+            everything = [name for name, _ in model.named_modules() if name]
+            hint = nearest(path, everything)
+            below = f' {place} has the children {", ".join(map(repr, children))}.' if children else ''
+            raise DistillError(f'{where}: {type(model).__name__} has no module {path!r}; {hint}{below}')
+        module = child
+        walked.append(part)
+    return module
+
+
+def map_tensors(value: Any, function) -> Any:
+    """Apply a function to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, '_fields'):
+        return type(value)(*(map_tensors(v, function) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, function) for v in value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> List[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    found: List[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
+class Capture:
+    """Records the calls of some modules while it is open.
+
+    Use it as a context manager, or with :meth:`open` and :meth:`close` where the forward pass is somebody else's.
+
+    Args:
+        model: The model whose sub-modules are tapped.
+        paths: Dotted paths of the modules.
+        where: Which model this is, for error messages (``'student'`` or ``'teacher'``).
+
+    Attributes:
+        calls: The recorded calls by path, in order.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str], where: str) -> None:
+        self.where = where
+        self.modules: Dict[str, nn.Module] = {path: find_module(model, path, where) for path in dict.fromkeys(paths)}
+        self.calls: Dict[str, List[Call]] = {}
+        self._saved: List[Tuple[nn.Module, bool, Any]] = []
+
+    def open(self) -> Capture:
+        """Start recording; forgets what was recorded before."""
+        self.close()
+        self.calls = {path: [] for path in self.modules}
+        for path, module in self.modules.items():
+            # Activation checkpointing also sets `forward` on the instance: keep what was there.
+            had = 'forward' in module.__dict__
+            inner = module.forward
+            self._saved.append((module, had, inner if had else None))
+            module.forward = self._recorder(module, inner, self.calls[path])
+        return self
+
+    def close(self) -> None:
+        """Stop recording and leave every module exactly as it was found."""
+        for module, had, inner in reversed(self._saved):
+            if had:
+                module.forward = inner
+            else:
+                module.__dict__.pop('forward', None)
+        self._saved.clear()
+
+    __enter__ = open
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @staticmethod
+    def _recorder(module: nn.Module, inner, calls: List[Call]):
+        @torch.compiler.disable(recursive=False)
+        def forward(*args, **kwargs):
+            output = inner(*args, **kwargs)
+            calls.append(Call(map_tensors(output, Tensor.clone), module.training))
+            return output
+
+        return forward
+
+    def call(self, path: str) -> Call:
+        """The only call of a module.
+
+        Raises:
+            DistillError: The module was not called, or more than once.
+        """
+        calls = self._fired(path)
+        if len(calls) > 1:
+            raise DistillError(
+                f'{self.where} module {path!r} ran {len(calls)} times in one forward pass; tap the module around it.'
+            )
+        return calls[0]
+
+    def maps(self, tap: Tap) -> List[Tensor]:
+        """The tensors at a tap: all outputs of all calls in order, or the indexed one.
+
+        Raises:
+            DistillError: The module did not run, returned no tensor, or the index is out of range.
+        """
+        found = [t for call in self._fired(tap.module) for t in tensors_in(call.output)]
+        if not found:
+            raise DistillError(f'{self.where} module {tap.module!r} returned no tensor; tap another module.')
+        if tap.index is None:
+            return found
+        if not -len(found) <= tap.index < len(found):
+            raise DistillError(
+                f'{self.where} tap {str(tap)!r} is out of range: {tap.module!r} returned {len(found)} tensors '
+                f'(0 to {len(found) - 1}).'
+            )
+        return [found[tap.index]]
+
+    def _fired(self, path: str) -> List[Call]:
+        calls = self.calls.get(path)
+        if not calls:
+            raise DistillError(
+                f'{self.where} module {path!r} exists but did not run in the forward pass, so nothing can be distilled '
+                'from it; tap a module that takes part in it.'
+            )
+        return calls

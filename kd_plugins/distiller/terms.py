@@ -1,0 +1,155 @@
+"""A distillation term: which loss, between which taps, with which adapter and weight."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Mapping, Optional
+
+from torch import nn
+
+import kd_plugins.adapters as adapters
+import kd_plugins.losses as losses
+from kd_plugins.distiller.schedules import Constant, Schedule, build_schedule
+from kd_plugins.distiller.taps import Tap
+from kd_plugins.errors import DistillError, check_keys, nearest
+
+TERM_KEYS = ('loss', 'student', 'teacher', 'adapter', 'weight', 'temperature')
+Resolver = Callable[[str], Optional[Callable[..., nn.Module]]]
+
+
+@dataclass
+class Term:
+    """One entry of ``terms``.
+
+    Attributes:
+        name: Its key; logged as ``loss_kd_<name>``.
+        loss: The loss module. Its ``consumes`` says what it is given: ``'features'``, ``'logits'`` or
+            ``'predictions'``.
+        student: Tap in the student.
+        teacher: Tap in the teacher.
+        adapter: ``'auto'``, None (shapes must fit), or a config ``dict(type=...)``.
+        weight: Schedule of the weight.
+        temperature: Schedule of the loss's temperature, or None to leave it as configured.
+    """
+
+    name: str
+    loss: nn.Module
+    student: Tap
+    teacher: Tap
+    adapter: Any
+    weight: Schedule
+    temperature: Optional[Schedule]
+
+    @property
+    def consumes(self) -> str:
+        """What the loss is given."""
+        return getattr(self.loss, 'consumes', 'features')
+
+    @property
+    def always_zero(self) -> bool:
+        """Whether the weight is 0 throughout the run."""
+        return isinstance(self.weight, Constant) and self.weight.value == 0
+
+
+def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Optional[Resolver] = None) -> nn.Module:
+    """Build ``dict(type='Name', **options)`` from a package, then from a framework's registry.
+
+    Args:
+        cfg: The config.
+        package: Module whose ``__all__`` lists the names that resolve first.
+        where: What it is, for error messages.
+        kind: ``'loss'`` or ``'adapter'``.
+        resolve: Looks a name up in the framework's registries; returns None when it is unknown.
+
+    Raises:
+        DistillError: No such name, unknown options or refused values.
+    """
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise DistillError(f"{where} must be dict(type='...', ...), got {cfg!r}.")
+    options = dict(cfg)
+    name = options.pop('type')
+    known = [n for n in package.__all__ if inspect.isclass(getattr(package, n))]
+    if not isinstance(name, str):
+        factory: Any = name
+    else:
+        short = name.split('.')[-1] if name.startswith('kd_plugins.') else name
+        factory = getattr(package, short) if short in known else (resolve(name) if resolve else None)
+    if factory is None:
+        raise DistillError(f'{where}: there is no {kind} {name!r}; {nearest(name, known)}')
+    try:
+        accepted = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # pragma: no cover - builtins without a signature
+        accepted = {}
+    if accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        check_keys(options, accepted, f'{where} ({getattr(factory, "__name__", name)})')
+    try:
+        return factory(**options)
+    except DistillError as error:
+        raise DistillError(f'{where}: {error}') from error
+    except TypeError as error:
+        raise DistillError(f'{where}: {getattr(factory, "__name__", name)} cannot be built: {error}.') from error
+
+
+def build_terms(cfg: Any, resolve: Optional[Resolver] = None) -> Dict[str, Term]:
+    """Read ``terms`` from a config.
+
+    Args:
+        cfg: Mapping of name to term.
+        resolve: Looks up loss names that are not ours.
+
+    Returns:
+        The terms in order.
+
+    Raises:
+        DistillError: A term is misspelt, or there is none.
+    """
+    if isinstance(cfg, (list, tuple)):
+        raise DistillError("terms must be a dict, name=dict(loss=...), so that configs can inherit and override; got a list.")
+    if not isinstance(cfg, Mapping) or not {k: v for k, v in cfg.items() if v is not None}:
+        raise DistillError(
+            "terms is empty: nothing would be distilled; write terms=dict(logits=dict(loss=dict(type='YOLOLogitLoss'), "
+            "student='bbox_head', teacher='bbox_head'))."
+        )
+    # `terms=dict(logits=None)` in a child config takes an inherited term out.
+    return {name: _build_term(name, term, resolve) for name, term in cfg.items() if term is not None}
+
+
+def _build_term(name: str, cfg: Any, resolve: Optional[Resolver]) -> Term:
+    where = f'term {name!r}'
+    if not isinstance(name, str) or not name.isidentifier():
+        raise DistillError(f'{where}: the name becomes the log key loss_kd_<name> and must be an identifier.')
+    if not isinstance(cfg, Mapping):
+        raise DistillError(f'{where} must be a dict, got {cfg!r}.')
+    check_keys(cfg, TERM_KEYS, where)
+    for key in ('loss', 'student', 'teacher'):
+        if key not in cfg:
+            raise DistillError(f"{where} needs 'loss', 'student' and 'teacher'; {key!r} is missing.")
+    loss = build_named(cfg['loss'], losses, f'{where}: loss', 'loss', resolve)
+    consumes = getattr(loss, 'consumes', 'features')
+    if consumes not in ('features', 'logits', 'predictions'):
+        raise DistillError(f"{where}: loss.consumes must be 'features', 'logits' or 'predictions', got {consumes!r}.")
+    temperature = None
+    if cfg.get('temperature') is not None:
+        if not hasattr(loss, 'temperature'):
+            raise DistillError(f'{where}: {type(loss).__name__} has no temperature; remove the option.')
+        temperature = build_schedule(cfg['temperature'], f'{where}: temperature', 0.0, strict=True)
+    adapter = cfg.get('adapter', 'auto')
+    if isinstance(adapter, str) and adapter != 'auto':
+        raise DistillError(f"{where}: adapter must be 'auto', None or dict(type=...), got {adapter!r}.")
+    if isinstance(adapter, Mapping) and consumes != 'features':
+        raise DistillError(f'{where}: {type(loss).__name__} compares {consumes}, which take no adapter; remove it.')
+    return Term(
+        name=name,
+        loss=loss,
+        student=Tap.parse(cfg['student'], f'{where}: student'),
+        teacher=Tap.parse(cfg['teacher'], f'{where}: teacher'),
+        adapter=adapter,
+        weight=build_schedule(cfg.get('weight', 1.0), f'{where}: weight'),
+        temperature=temperature,
+    )
+
+
+def build_adapter(term: Term, cfg: Any, where: str, resolve: Optional[Resolver] = None) -> nn.Module:
+    """Build an adapter that a term spells out."""
+    return build_named(cfg, adapters, where, 'adapter', resolve)

@@ -1,0 +1,48 @@
+"""One clear sentence for a wrong input, with the nearest valid choices."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Iterable
+
+
+class DistillError(ValueError):
+    """A distillation that cannot run as written; the message says what to write instead."""
+
+
+def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
+    """A clause naming the valid choices nearest to a wrong value, for the end of a sentence.
+
+    Args:
+        value: What was given.
+        choices: What would have been valid.
+        count: How many near misses to name.
+
+    Returns:
+        ``"did you mean 'a' or 'b'?"`` when something is close, otherwise ``"choose from: 'a', 'b', ..."``.
+    """
+    names = sorted({str(c) for c in choices})
+    if not names:
+        return 'there is nothing to choose from.'
+    close = difflib.get_close_matches(str(value), names, count, 0.6)
+    if close:
+        return 'did you mean ' + ' or '.join(repr(c) for c in close) + '?'
+    shown = ', '.join(repr(n) for n in names[:20])
+    return f'choose from: {shown}{", ..." if len(names) > 20 else "."}'
+
+
+def check_keys(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
+    """Refuse unknown keys of a config mapping.
+
+    Args:
+        given: Keys that were written.
+        allowed: Keys that exist.
+        where: What the mapping is, for the message, e.g. ``"term 'logits'"``.
+
+    Raises:
+        DistillError: A key is unknown; the nearest valid one is named.
+    """
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            raise DistillError(f'{where} has no option {key!r}: {nearest(key, allowed)}')

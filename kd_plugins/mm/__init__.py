@@ -1,0 +1,7 @@
+"""Distillation inside MMEngine's Runner: importing this registers everything under the scope ``kd_plugins``."""
+
+from kd_plugins.mm import heads  # noqa: F401  (registers the head readers)
+from kd_plugins.mm.distilled import distilled
+from kd_plugins.mm.hook import DistillHook
+
+__all__ = ['DistillHook', 'distilled']

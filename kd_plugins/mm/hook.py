@@ -1,0 +1,257 @@
+"""The hook that distils: attached to the user's own model inside MMEngine's own Runner."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from kd_plugins.distiller import Capture, Distiller, Position, summary
+from kd_plugins.errors import DistillError
+from kd_plugins.mm.distilled import BANK, HOOK_LINES, DistillMixin
+from kd_plugins.mm.setup import build_distiller, check_options, dry_run, schedule_text, unit_of
+from kd_plugins.mm.teacher import build_teacher, num_classes
+from kd_plugins.predictions import match_classes
+from kd_plugins.registry import HOOKS
+
+STATE = 'kd_plugins'
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):
+    """Adds knowledge distillation to a training run.
+
+    .. code-block:: python
+
+        custom_imports = dict(imports=['kd_plugins.mm'], allow_failed_imports=False)
+        default_hooks = dict(distill=dict(
+            type='kd_plugins.DistillHook',
+            teacher=dict(config='mmdet::yolox/yolox_l_8xb8-300e_coco.py', checkpoint='yolox_l.pth'),
+            terms=dict(logits=dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head'))))
+
+    The losses are computed inside the model's forward, hence inside DDP and autocast. Each term is logged as
+    ``loss_kd_<name>``; ``kd_ratio`` is the sum of all KD losses over the task loss. Validation and test never run
+    the teacher.
+
+    Args:
+        teacher: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``. ``config`` is a
+            file or ``'mmdet::path'``. ``classes`` names its classes when neither checkpoint nor config does.
+        terms: Mapping of name to ``dict(loss=dict(type=...), student='tap', teacher='tap', adapter='auto', weight=1.0,
+            temperature=None)``. ``weight`` and ``temperature`` may be schedules.
+        start: First epoch with KD (iteration in an ``IterBasedTrainLoop``), counted from 0.
+        stop: First epoch (iteration) without it again. None: to the end.
+
+    ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
+
+    Raises:
+        DistillError: In ``before_train``, before the first iteration, for everything that does not fit.
+    """
+
+    # After every stock hook's before_train, so that a copy made there (EMA) does not contain our forward hooks.
+    priority = 'VERY_LOW'
+
+    def __init__(
+        self,
+        teacher: Optional[Mapping[str, Any]] = None,
+        terms: Optional[Mapping[str, Any]] = None,
+        start: int = 0,
+        stop: Optional[int] = None,
+        **unknown: Any,
+    ) -> None:
+        self._options: Dict[str, Any] = {
+            k: v for k, v in (('teacher', teacher), ('terms', terms), ('start', start), ('stop', stop)) if v is not None
+        }
+        self._options.update(unknown)
+        self.distiller: Optional[Distiller] = None
+        self._handles: List[Any] = []
+        self._capture: Optional[Capture] = None
+        self._model: Optional[nn.Module] = None
+
+    def __deepcopy__(self, memo: Dict) -> DistillHook:
+        return self
+
+    # ------------------------------------------------------------------ life cycle
+    def before_train(self, runner: Any) -> None:
+        """Load the teacher, check every term, print the summary and attach to the model."""
+        self._refuse_custom_hooks(runner)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        options = self._resolve_options(model)
+        check_options(options)
+        self._refuse_self_teaching(runner, options)
+        teacher, notes = build_teacher(options['teacher'], model)
+        names = _dataset_classes(runner)
+        classes = match_classes(
+            names,
+            teacher.classes,
+            student_count=num_classes(model),
+            teacher_count=num_classes(teacher.model),
+        )
+        held = getattr(model, BANK, None)
+        self.distiller = build_distiller(model, teacher, options, held, classes=classes)
+        rows = dry_run(self.distiller)
+        if held is None and any(True for _ in self.distiller.bank.parameters()):
+            raise DistillError(_model_form_lines(self.distiller))
+        unit, _, total = unit_of(runner)
+        if self.distiller.start >= total:
+            raise DistillError(
+                f'start={self.distiller.start} is not before the end of the run ({total} {unit}s), so KD would never be on.'
+            )
+        runner.logger.info(
+            summary(
+                rows,
+                teacher,
+                student=type(model).__name__,
+                student_parameters=sum(p.numel() for n, p in model.named_parameters() if not n.startswith(BANK)),
+                classes=_classes_text(names, teacher.classes, classes),
+                schedule=schedule_text(self.distiller, unit, total),
+                notes=notes,
+            )
+        )
+        self._attach(model)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Tell schedules where the run is."""
+        _, unit, _ = unit_of(runner)
+        self.distiller.position = Position(runner.iter, runner.max_iters, unit)
+
+    def after_train(self, runner: Any) -> None:
+        """Leave the model as it was found."""
+        self.detach()
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: Dict) -> None:
+        """Save the adapters under a key of their own; a run without adapters saves what the plain run saves."""
+        if self.distiller is not None and any(True for _ in self.distiller.bank.parameters()):
+            checkpoint[STATE] = dict(adapters=self.distiller.bank.export_state())
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Dict) -> None:
+        """Restore the adapters when a run is resumed."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        bank = getattr(model, BANK, None)
+        if bank is None or not any(True for _ in bank.parameters()) or not getattr(runner, '_resume', False):
+            return
+        if STATE not in checkpoint:
+            raise DistillError(
+                'The checkpoint to resume from holds no adapters, so it was not written by this distilled run; to start '
+                'a distilled run from its weights use load_from without --resume.'
+            )
+        bank.import_state(checkpoint[STATE]['adapters'], 'the checkpoint')
+
+    # ------------------------------------------------------------------ around the student's forward
+    def _attach(self, model: nn.Module) -> None:
+        self.detach()
+        self._model = model
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        ]
+        if isinstance(model, DistillMixin):
+            model.kd_attached = True
+
+    def detach(self) -> None:
+        """Take the forward hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if isinstance(self._model, DistillMixin):
+            self._model.kd_attached = False
+        self._model = None
+
+    @torch.compiler.disable
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: Dict) -> None:
+        if _mode(args, kwargs) == 'loss' and self.distiller.active:
+            self._capture = self.distiller.capture().open()
+
+    @torch.compiler.disable
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: Dict, output: Any) -> Any:
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.close()
+        # `always_call` also brings us here when the student's forward raised, with no output.
+        if output is None or _mode(args, kwargs) != 'loss':
+            return None
+        inputs = kwargs['inputs'] if 'inputs' in kwargs else args[0]
+        samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
+        if not isinstance(output, dict):
+            raise DistillError(f'{type(model).__name__} returned {type(output).__name__} as losses, expected a dict.')
+        kd = self.distiller.losses(capture, inputs, samples)
+        clash = sorted(set(output) & set(kd))
+        if clash:
+            raise DistillError(f'{type(model).__name__} already logs {clash[0]!r}; rename the term.')
+        # No "loss" in its name: logged, not optimised.
+        ratio = _total(kd) / _total(output).clamp(min=torch.finfo(torch.float32).tiny)
+        return {**output, **kd, 'kd_ratio': ratio}
+
+    # ------------------------------------------------------------------ what must not start
+    def _resolve_options(self, model: nn.Module) -> Dict[str, Any]:
+        carried = getattr(model, 'distill', None) if isinstance(model, DistillMixin) else None
+        own = {k: v for k, v in self._options.items() if k not in ('start', 'stop') or v}
+        if carried is None:
+            return dict(self._options)
+        if model.kd_error is not None:
+            raise model.kd_error
+        if own:
+            raise DistillError(
+                f'The model is kd_plugins.Distilled and carries teacher and terms; take {", ".join(map(repr, own))} out of '
+                "default_hooks.distill (dict(type='kd_plugins.DistillHook') is enough)."
+            )
+        return dict(carried)
+
+    @staticmethod
+    def _refuse_custom_hooks(runner: Any) -> None:
+        listed = runner.cfg.get('custom_hooks') or []
+        if any(isinstance(h, Mapping) and str(h.get('type')).split('.')[-1] == 'DistillHook' for h in listed):
+            raise DistillError(
+                'DistillHook stands in custom_hooks; a custom_hooks list in a child config replaces the list of its base '
+                "(EMA, pipeline switch). Write default_hooks=dict(distill=dict(type='kd_plugins.DistillHook', ...)) instead."
+            )
+
+    @staticmethod
+    def _refuse_self_teaching(runner: Any, options: Mapping[str, Any]) -> None:
+        teacher = options['teacher'].get('checkpoint') if isinstance(options['teacher'], Mapping) else None
+        start = getattr(runner, '_load_from', None)
+        if teacher and start and os.path.realpath(str(teacher)) == os.path.realpath(str(start)):
+            raise DistillError(
+                f'The student starts from the teacher\'s own checkpoint {str(teacher)!r} (load_from): they would be equal and '
+                'nothing would be learned; give another load_from or another teacher.checkpoint.'
+            )
+
+
+def _mode(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    return kwargs.get('mode', args[2] if len(args) > 2 else 'tensor')
+
+
+def _total(losses: Mapping[str, Any]) -> Tensor:
+    values = [v for k, v in losses.items() if 'loss' in k]
+    flat = [t.detach().float().mean() for v in values for t in (v if isinstance(v, (list, tuple)) else [v])]
+    return torch.stack(flat).sum()
+
+
+def _dataset_classes(runner: Any) -> Optional[tuple]:
+    dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
+    names = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    return None if names is None or isinstance(names, str) else tuple(names)
+
+
+def _classes_text(student: Any, teacher: Any, classes: Any) -> str:
+    if classes is not None:
+        return f'{len(classes[0])} of {len(student)} student classes taught by name (teacher knows {len(teacher)})'
+    if student is None or teacher is None:
+        return 'same number of classes, names of one side unknown: assumed to be in the same order'
+    return f'the same {len(student)} classes'
+
+
+def _model_form_lines(distiller: Distiller) -> str:
+    names = ', '.join(repr(n) for n in distiller.bank._modules)
+    return (
+        f'term {names} needs trainable adapters, which only the model form can carry to the optimizer and through resume. '
+        'Write in your config:\n'
+        "    model = dict(type='kd_plugins.Distilled', student_type=_base_.model.type,\n"
+        '                 distill=dict(teacher=dict(...), terms=dict(...)))  # moved from default_hooks.distill\n'
+        f'    {HOOK_LINES}\n'
+        'or add adapter=None and tap layers of equal shape.'
+    )
+

@@ -1,0 +1,109 @@
+"""From the ``distill`` options of a config to a running distiller on an MM model."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, List, Mapping, Optional, Tuple
+
+import torch
+from mmengine.registry import MODELS
+from mmengine.runner import IterBasedTrainLoop
+from torch import nn
+
+from kd_plugins.distiller import AdapterBank, Distiller, Teacher, build_terms, untouched_rng
+from kd_plugins.distiller.summary import Row
+from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.mm.forward import run_modules
+from kd_plugins.mm.inputs import TeacherInputs
+from kd_plugins.mm.teacher import build_architecture, config_name
+
+DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop')
+
+#: Side of the square image of the start-up dry run, in pixels: every pyramid up to stride 128 has a cell.
+DRY_RUN_SIZE = 256
+
+
+def find_in_registries(name: str) -> Optional[Callable[..., nn.Module]]:
+    """A user's loss or adapter from MMEngine's registries, in the scope of the running config; None if unknown."""
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(name)
+
+
+def check_options(distill: Any) -> None:
+    """Refuse misspelt ``distill`` options.
+
+    Raises:
+        DistillError: A key is unknown or missing, or a value cannot be right.
+    """
+    if not isinstance(distill, Mapping):
+        raise DistillError(f'distill must be dict(teacher=..., terms=...), got {distill!r}.')
+    check_keys(distill, DISTILL_KEYS, 'distill')
+    for key in ('teacher', 'terms'):
+        if distill.get(key) is None:
+            raise DistillError(f"distill needs 'teacher' and 'terms'; {key!r} is missing.")
+    start, stop = distill.get('start', 0), distill.get('stop')
+    for key, value in (('start', start), ('stop', stop)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise DistillError(f'{key} must be a whole number of epochs (iterations in an IterBasedTrainLoop), got {value!r}.')
+    if stop is not None and stop <= (start or 0):
+        raise DistillError(f'stop ({stop}) must come after start ({start or 0}).')
+
+
+def build_distiller(
+    student: nn.Module, teacher: Teacher, distill: Mapping[str, Any], bank: Optional[AdapterBank] = None, **options: Any
+) -> Distiller:
+    """Build the engine for a student from the ``distill`` options."""
+    check_options(distill)
+    return Distiller(
+        student,
+        teacher,
+        build_terms(distill['terms'], find_in_registries),
+        start=distill.get('start') or 0,
+        stop=distill.get('stop'),
+        resolve=find_in_registries,
+        bank=bank,
+        **options,
+    )
+
+
+def dry_run(distiller: Distiller) -> List[Row]:
+    """Run student and teacher once on a blank image and check every term; nothing changes.
+
+    Raises:
+        DistillError: A tap does not run or shapes do not fit.
+    """
+    first = next(distiller.student.parameters())
+    with untouched_rng():
+        image = torch.rand(1, 3, DRY_RUN_SIZE, DRY_RUN_SIZE, device=first.device, dtype=first.dtype)
+        return distiller.dry_run(image, None, run_modules)
+
+
+def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
+    """Build the adapters that a student's terms need, from the teacher's architecture alone.
+
+    The teacher is built with random weights for its shapes and dropped again; random generators stay as they were.
+
+    Raises:
+        DistillError: The options are wrong or the terms do not fit.
+    """
+    check_options(distill)
+    model, _ = build_architecture(distill['teacher'])
+    inputs = TeacherInputs(getattr(student, 'data_preprocessor', None), getattr(model, 'data_preprocessor', None))
+    teacher = Teacher(model, run_modules, inputs, name=config_name(distill['teacher']))
+    with untouched_rng():
+        distiller = build_distiller(student, teacher, distill)
+        dry_run(distiller)
+    return distiller.bank
+
+
+def schedule_text(distiller: Distiller, unit: str, total: int) -> str:
+    """When KD is on, in words."""
+    last = f'up to {unit} {distiller.stop}' if distiller.stop is not None else 'to the end'
+    return f'from {unit} {distiller.start} {last} (of {total})'
+
+
+def unit_of(runner: Any) -> Tuple[str, int, int]:
+    """What ``start`` and ``stop`` are counted in: ``('epoch', done, total)``, or iterations in an iteration loop."""
+    loop = runner.train_loop
+    if isinstance(loop, IterBasedTrainLoop):
+        return 'iteration', loop.iter, loop.max_iters
+    return 'epoch', loop.epoch, loop.max_epochs

@@ -1,0 +1,161 @@
+"""Building and loading a teacher from an MM config and a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
+
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS
+from torch import nn
+
+from kd_plugins.distiller import Teacher, find_weights, load_checkpoint, load_strictly, untouched_rng
+from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
+from kd_plugins.mm.forward import run_modules
+from kd_plugins.mm.inputs import TeacherInputs
+
+TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected')
+
+
+def build_architecture(cfg: Mapping[str, Any]) -> Tuple[nn.Module, Config]:
+    """Build a teacher's network with random weights, leaving random generators untouched.
+
+    Args:
+        cfg: The ``teacher`` mapping.
+
+    Returns:
+        The model in evaluation mode and its whole config.
+
+    Raises:
+        DistillError: The mapping is misspelt or the config cannot be built.
+    """
+    if not isinstance(cfg, Mapping):
+        raise DistillError(f"teacher must be dict(config='...', checkpoint='...'), got {cfg!r}.")
+    check_keys(cfg, TEACHER_KEYS, 'teacher')
+    if not cfg.get('config'):
+        raise DistillError("teacher needs 'config': the config file the teacher was trained with.")
+    config = load_config(cfg['config'])
+    # Heads write into the config they are built from.
+    model_cfg = without_pretrained(plain_model(copy.deepcopy(config.model)))
+    name = config_name(cfg)
+    with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
+        try:
+            model = registry.build(model_cfg)
+        except Exception as error:
+            raise DistillError(f'The teacher of {name} cannot be built: {type(error).__name__}: {error}') from error
+        # SyncBN has no forward on the CPU and nothing to synchronise in evaluation.
+        model = revert_sync_batchnorm(model)
+    return model.eval(), config
+
+
+def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> Tuple[Teacher, List[str]]:
+    """Build and completely load a teacher.
+
+    Args:
+        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``.
+        student: The student; its ``data_preprocessor`` says how its inputs are normalised.
+
+    Returns:
+        The teacher and notes for the summary.
+
+    Raises:
+        DistillError: Something is missing, misspelt, damaged or does not fit.
+    """
+    if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
+        check_keys(cfg, TEACHER_KEYS, 'teacher')
+        raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
+    model, config = build_architecture(cfg)
+    source = os.fspath(cfg['checkpoint'])
+    weights, meta = find_weights(load_checkpoint(source), source)
+    with untouched_rng():
+        report = load_strictly(
+            model, weights, source, _names(cfg, 'allow_missing'), _names(cfg, 'allow_unexpected')
+        )
+    notes = []
+    if report.missing:
+        notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
+    if report.unexpected:
+        notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
+    inputs = TeacherInputs(getattr(student, 'data_preprocessor', None), getattr(model, 'data_preprocessor', None))
+    teacher = Teacher(
+        model,
+        run_modules,
+        inputs,
+        name=config_name(cfg),
+        checkpoint=source,
+        normalization=inputs.description,
+        classes=teacher_classes(cfg, model, config, meta),
+    )
+    return teacher, notes
+
+
+def config_name(cfg: Mapping[str, Any]) -> str:
+    """How the summary and errors call a teacher."""
+    spec = cfg['config']
+    return spec if isinstance(spec, str) else f'(a {type(spec).__name__})'
+
+
+def _names(cfg: Mapping[str, Any], key: str) -> Sequence[str]:
+    value = cfg.get(key) or ()
+    if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        raise DistillError(f'teacher.{key} must be a list of key or module names, got {value!r}.')
+    return tuple(value)
+
+
+def teacher_classes(
+    cfg: Mapping[str, Any], model: nn.Module, config: Config, meta: Mapping[str, Any]
+) -> Optional[Tuple[str, ...]]:
+    """Names of the teacher's classes: as given, else from its checkpoint, else from its config's data set.
+
+    Names whose number is not the number of classes the teacher's head has are ignored (a config whose data set was
+    never adapted), unless they were given explicitly.
+
+    Raises:
+        DistillError: Explicit names do not fit the head.
+    """
+    number = num_classes(model)
+    given = cfg.get('classes')
+    if given is not None:
+        if isinstance(given, str) or not all(isinstance(c, str) for c in given):
+            raise DistillError(f'teacher.classes must be a list of names, got {given!r}.')
+        if number is not None and len(given) != number:
+            raise DistillError(f'teacher.classes has {len(given)} names but the teacher predicts {number} classes.')
+        return tuple(given)
+    data = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    stored = [m.get(k) for m in (data, meta) if isinstance(m, Mapping) for k in ('classes', 'CLASSES')]
+    for names in (*stored, dataset_classes(config)):
+        if names and not isinstance(names, str) and (number is None or len(names) == number):
+            return tuple(str(n) for n in names)
+    return None
+
+
+def num_classes(model: nn.Module) -> Optional[int]:
+    """Number of classes a model's head predicts, when it says so."""
+    for name in ('bbox_head', 'decode_head', 'head'):
+        number = getattr(getattr(model, name, None), 'num_classes', None)
+        if isinstance(number, int):
+            return number
+    return None
+
+
+def dataset_classes(config: Config) -> Optional[Sequence[str]]:
+    """Class names of a config's training data set, without building it."""
+    dataset = config.get('train_dataloader', {}).get('dataset') if config.get('train_dataloader') else None
+    while isinstance(dataset, Mapping):
+        names = (dataset.get('metainfo') or {}).get('classes')
+        if names:
+            return names
+        inner = dataset.get('dataset') or (dataset.get('datasets') or [None])[0]
+        if inner is None:
+            break
+        dataset = inner
+    if not isinstance(dataset, Mapping):
+        return None
+    with DATASETS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
+        kind = dataset.get('type')
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+    return getattr(kind, 'METAINFO', {}).get('classes') if inspect.isclass(kind) else None
