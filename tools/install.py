@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ((3, 10), (3, 11), (3, 12))
 STATE = '.kd_install'  # inside the virtual environment: stamps, lock, log and scratch space
 HEARTBEAT = 15.0  # seconds between two signs of life of a long step
-# What each part needs when it is not there yet, with its build, in the environment (GB); what pip may keep of downloads.
+# Disk (GB) that each part needs while it is not there yet, its build included; and what pip may keep of downloads.
 NEEDS_GB = {'torch': 6.0, 'onedl_mmcv': 1.5, 'onedl_mmdetection': 1.5}
 CACHE_GB = 3.5
 
@@ -189,10 +189,7 @@ class Installer:
         if not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
             variables['CUDA_VISIBLE_DEVICES'] = ''  # mmcv would fail to build CUDA operators for a GPU it sees
             if shutil.which('nvidia-smi'):
-                print(
-                    '      no nvcc: mmcv gets operators for the CPU only, detectors will not train on the GPU',
-                    flush=True,
-                )
+                print('      no nvcc: mmcv gets CPU operators only, detectors will not train on this GPU', flush=True)
         return variables
 
     def _mend_opencv(self):
@@ -292,9 +289,8 @@ class Installer:
     def healthy(self):
         """Whether there is an environment whose Python and pip run."""
         command = [str(self.python), '-m', 'pip', '--version']
-        return (
-            bool(self.version()) and subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
-        )
+        quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        return bool(self.version()) and subprocess.call(command, **quiet) == 0
 
     def has(self, distribution):
         """Whether `distribution` (spelled like its folder) is installed completely: pip writes RECORD last."""
