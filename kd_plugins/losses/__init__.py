@@ -1,0 +1,31 @@
+"""What is matched between student and teacher: one published method per file, as a function and a module.
+
+Every loss returns a scalar that is 0 when student and teacher agree, computes in float32 outside autocast (float64
+stays), sends no gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is
+given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors) or ``'predictions'`` (two aligned
+``DensePredictions``). Only torch is needed::
+
+    from kd_plugins.losses import KLDivLoss, kl_div
+
+    loss = kl_div(student_logits, teacher_logits, temperature=4.0)
+    loss = KLDivLoss(temperature=4.0)(student_logits, teacher_logits)
+"""
+
+from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
+from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
+from kd_plugins.losses.kl_div import KLDivLoss, kl_div
+from kd_plugins.losses.localization_distill import LocalizationDistillLoss, localization_distill
+from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
+
+__all__ = [
+    'BinaryKLDivLoss',
+    'FeatureMSELoss',
+    'KLDivLoss',
+    'LocalizationDistillLoss',
+    'YOLOLogitLoss',
+    'binary_kl_div',
+    'feature_mse',
+    'kl_div',
+    'localization_distill',
+    'yolo_logit',
+]

@@ -1,0 +1,75 @@
+"""Classic knowledge distillation: KL divergence of softened class probabilities."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kd_plugins.losses._common import aligned, check_choice, check_positive, describe, full_precision
+
+
+def kl_div(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardize: bool = False) -> Tensor:
+    r"""KL divergence of the teacher's softened probabilities from the student's.
+
+    .. math:: T^2 \, \frac{1}{N} \sum_n \sum_c p^t_{nc} \log \frac{p^t_{nc}}{p^s_{nc}},
+              \quad p = \operatorname{softmax}(z / T)
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2: ``T^2`` keeps the
+    gradient's size independent of the temperature. The cross-entropy of the paper is used less the teacher's
+    entropy, which has no gradient, so that the loss is 0 at equality.
+
+    ``standardize`` is logit standardisation, Sun et al., "Logit Standardization in Knowledge Distillation"
+    (CVPR 2024, arXiv 2403.01427): both logit vectors are brought to zero mean and unit standard deviation over the
+    classes before the division by ``temperature``, and the student need not reach the teacher's logit range. Here
+    the standard deviation is the population's (divided by C); the authors' code divides by C - 1, which is
+    the same as a temperature larger by ``sqrt(C / (C - 1))``.
+
+    Reduction: sum over the classes, mean over all other positions N (not over classes: ``reduction='mean'`` of
+    ``torch.nn.functional.kl_div`` is C times smaller; for a dense map its ``'batchmean'`` is H*W times larger).
+
+    Args:
+        student: ``(..., C)`` class logits.
+        teacher: ``(..., C)`` class logits; no gradient flows into it.
+        temperature: ``T`` > 0.
+        standardize: Standardise the logits first. Temperatures of about 2 are usual then.
+
+    Returns:
+        Scalar >= 0, in float32 (float64 if the inputs are).
+
+    Raises:
+        DistillError: Shapes differ, or a hyper-parameter is out of range.
+    """
+    check_positive(temperature=temperature)
+    check_choice((False, True), standardize=standardize)
+    student, teacher = aligned(student, teacher, 'Class logits', 'map the classes by name first')
+    with full_precision(student):
+        if standardize:
+            student, teacher = _standardized(student), _standardized(teacher)
+        log_student = (student / temperature).log_softmax(-1)
+        log_teacher = (teacher / temperature).log_softmax(-1)
+        divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+        return temperature**2 * divergence.sum() / max(divergence.numel(), 1)
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    centred = logits - logits.mean(-1, keepdim=True)
+    # The floor is inside the root: the gradient of a bare root is nan for constant logits (a zero-initialised head).
+    return centred * (centred.square().mean(-1, keepdim=True) + 1e-14).rsqrt()
+
+
+class KLDivLoss(nn.Module):
+    """Module form of `kl_div`, which see. Consumes ``(..., C)`` logits of classes that exclude each other."""
+
+    consumes = 'logits'
+
+    def __init__(self, temperature: float = 4.0, standardize: bool = False) -> None:
+        super().__init__()
+        check_positive(temperature=temperature)
+        check_choice((False, True), standardize=standardize)
+        self.temperature = temperature
+        self.standardize = standardize
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return kl_div(student, teacher, temperature=self.temperature, standardize=self.standardize)
+
+    def extra_repr(self) -> str:
+        return describe(temperature=self.temperature, standardize=self.standardize)

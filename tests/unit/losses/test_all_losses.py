@@ -1,0 +1,279 @@
+"""Properties that every loss has, one table of losses times one test per property."""
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kd_plugins.losses as losses
+from kd_plugins.errors import DistillError
+from kd_plugins.losses import (
+    BinaryKLDivLoss,
+    FeatureMSELoss,
+    KLDivLoss,
+    LocalizationDistillLoss,
+    YOLOLogitLoss,
+)
+from kd_plugins.predictions.dense import DensePredictions
+
+POSITIONS = 8
+
+
+def logits(values):
+    return values[0]
+
+
+def features(values):
+    return values[0].transpose(1, 2).unflatten(-1, (2, 4))
+
+
+def predictions(values, activation='sigmoid', obj=True, box_coding='xywh', dist=True):
+    cls, obj_values, ltrb, box, bins = values
+    return DensePredictions(
+        cls=cls.sigmoid() if activation == 'probability' else cls,
+        activation=activation,
+        level_sizes=((2, 3), (1, 2)),
+        strides=(8.0, 16.0),
+        points=torch.zeros(POSITIONS, 2, dtype=cls.dtype),
+        obj=obj_values if obj else None,
+        ltrb=ltrb,
+        dist=bins if dist else None,
+        box=box if box_coding else None,
+        box_coding=box_coding,
+    )
+
+
+def raw(batch, seed, dtype=torch.float64, spread=1.5):
+    """The numbers that logits, features and predictions are built from, each ``(B, 8, ...)``."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((5,), (1,), (4,), (4,), (4, 6))
+    return [
+        (torch.randn(batch, POSITIONS, *s, generator=generator, dtype=torch.float64) * spread).to(dtype) for s in shapes
+    ]
+
+
+def probability(values):
+    return predictions(values, activation='probability', obj=False)
+
+
+def no_raw_box(values):
+    return predictions(values, box_coding=None)
+
+
+CASES = {
+    'kl': (KLDivLoss(), logits),
+    'kl-T1': (KLDivLoss(temperature=1.0), logits),
+    'kl-standardize': (KLDivLoss(temperature=2.0, standardize=True), logits),
+    'binary': (BinaryKLDivLoss(), logits),
+    'binary-foreground': (BinaryKLDivLoss(temperature=2.0, foreground=True), logits),
+    'mse': (FeatureMSELoss(), features),
+    'yolo': (YOLOLogitLoss(), predictions),
+    'yolo-uniform': (YOLOLogitLoss(2.0, 0.5, 3.0, 0.1, foreground=False), predictions),
+    'yolo-box-foreground': (YOLOLogitLoss(foreground='box'), no_raw_box),
+    'yolo-probability': (YOLOLogitLoss(), probability),
+    'ld': (LocalizationDistillLoss(), predictions),
+    'ld-uniform': (LocalizationDistillLoss(temperature=1.0, foreground=False), predictions),
+}
+every_loss = pytest.mark.parametrize('loss, build', CASES.values(), ids=CASES)
+
+
+def leaves(values):
+    return [v.clone().requires_grad_() for v in values]
+
+
+def used_gradients(loss_value, values):
+    return [g for g in torch.autograd.grad(loss_value, values, allow_unused=True) if g is not None]
+
+
+@every_loss
+def test_zero_with_zero_gradient_at_equality(loss, build):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        student = leaves(raw(2, 0, dtype, spread=5.0))
+        value = loss(build(student), build(raw(2, 0, dtype, spread=5.0)))
+        assert abs(value.item()) < 1e-7
+        gradients = used_gradients(value, student)
+        assert gradients and all(g.abs().max() < 1e-6 for g in gradients)
+
+
+@every_loss
+def test_positive_scalar_elsewhere(loss, build):
+    value = loss(build(raw(2, 0)), build(raw(2, 1)))
+    assert value.shape == () and value > 1e-3
+
+
+@every_loss
+def test_gradient_descent_reaches_the_teacher(loss, build):
+    teacher, student = raw(2, 1), leaves(raw(2, 0))
+    value = loss(build(student), build(teacher))
+    value.backward()
+    used = [(s, t) for s, t in zip(student, teacher, strict=True) if s.grad is not None]
+    towards_teacher = sum(((t - s) * -s.grad).sum() for s, t in used)
+    assert towards_teacher > 0
+    with torch.no_grad():
+        step = [s if s.grad is None else s - 1e-3 * s.grad for s in student]
+    assert loss(build(step), build(teacher)) < value
+    optimizer = torch.optim.Adam([s for s, _ in used], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(build(student), build(teacher)).backward()
+        optimizer.step()
+    assert loss(build(student), build(teacher)) < 0.02 * value
+
+
+@every_loss
+def test_gradcheck(loss, build):
+    teacher, student = build(raw(2, 1)), leaves(raw(2, 0))
+    assert torch.autograd.gradcheck(lambda *values: loss(build(values), teacher), student)
+
+
+@every_loss
+def test_no_gradient_to_the_teacher(loss, build):
+    student, teacher = leaves(raw(2, 0)), leaves(raw(2, 1))
+    loss(build(student), build(teacher)).backward()
+    assert all(t.grad is None for t in teacher)
+    assert any(s.grad is not None for s in student)
+
+
+@every_loss
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_at_logit_gaps_of_200(loss, build, dtype):
+    """Finite, with finite gradients, and as exact as float32 on the same numbers."""
+    # Objectness is a single channel: -100, so that the teacher's is +100 and its confidence 1.
+    signs = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0])
+    student = leaves([(100 * signs[: v.shape[-1]]).expand_as(v).to(dtype) for v in raw(2, 0)])
+    teacher = [-v.detach() for v in student]
+    value = loss(build(student), build(teacher))
+    assert value.dtype == torch.float32 and torch.isfinite(value) and value > 0
+    gradients = used_gradients(value, student)
+    assert gradients and all(torch.isfinite(g).all() and g.dtype == dtype for g in gradients)
+    exact = loss(build([v.detach().double() for v in student]), build([v.double() for v in teacher]))
+    if build is not probability:  # whose floor of 1e-6 below 1 differs between float32 and float64
+        assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@every_loss
+def test_autocast_changes_nothing(loss, build):
+    student, teacher = raw(2, 0, torch.float32), raw(2, 1, torch.float32)
+    plain = loss(build(student), build(teacher))
+    student, teacher = build(leaves(student)), build(teacher)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        value = loss(student, teacher)
+    assert value.dtype == torch.float32 and torch.equal(value.detach(), plain)
+
+
+@every_loss
+def test_float64_is_computed_in_float64(loss, build):
+    value = loss(build(raw(2, 0)), build(raw(2, 1)))
+    single = loss(build([v.float() for v in raw(2, 0)]), build([v.float() for v in raw(2, 1)]))
+    assert value.dtype == torch.float64 and single.dtype == torch.float32
+    assert value.item() == pytest.approx(single.item(), rel=1e-5) and value.item() != single.item()
+
+
+@every_loss
+def test_loss_of_a_batch_is_the_mean_over_its_images(loss, build):
+    """So it does not depend on batch size, accumulation or the number of GPUs; also with confidence weights."""
+    student, teacher = raw(3, 0), raw(3, 1)
+    # The teacher sees little in the first image and much in the last: batch-wide normalisation would show.
+    for i, shift in enumerate((-6.0, 0.0, 2.0)):
+        teacher[0][i] += shift
+        teacher[1][i] += shift
+    whole = loss(build(student), build(teacher))
+    single = [loss(build([v[i : i + 1] for v in student]), build([v[i : i + 1] for v in teacher])) for i in range(3)]
+    assert whole.item() == pytest.approx(sum(v.item() for v in single) / 3, rel=1e-12)
+    doubled = loss(build([torch.cat([v, v]) for v in student]), build([torch.cat([v, v]) for v in teacher]))
+    assert doubled.item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+@every_loss
+def test_no_images_give_zero(loss, build):
+    student = leaves([v[:0] for v in raw(1, 0)])
+    value = loss(build(student), build([v[:0] for v in raw(1, 1)]))
+    value.backward()
+    assert value.item() == 0.0
+
+
+@every_loss
+def test_module_is_stateless_and_copies(loss, build):
+    assert loss.consumes in ('features', 'logits', 'predictions')
+    assert not loss.state_dict() and not list(loss.parameters())
+    expected = loss(build(raw(2, 0)), build(raw(2, 1)))
+    for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(clone(build(raw(2, 0)), build(raw(2, 1))), expected)
+        assert repr(clone) == repr(loss)
+
+
+def test_hyper_parameters_are_shown():
+    assert repr(KLDivLoss(3.0)) == 'KLDivLoss(temperature=3.0, standardize=False)'
+
+
+@pytest.mark.parametrize('name', ['kl', 'kl-standardize', 'binary', 'ld'])
+def test_temperature_is_read_at_every_call(name):
+    loss, build = CASES[name]
+    loss = copy.deepcopy(loss)
+    before = loss(build(raw(2, 0)), build(raw(2, 1)))
+    loss.temperature = loss.temperature * 3
+    assert loss(build(raw(2, 0)), build(raw(2, 1))) != before
+
+
+NUMBERS = (-1.0, math.nan, math.inf, '1', None, True, [1.0])
+BAD = [
+    *[(cls, 'temperature', v) for cls in (KLDivLoss, BinaryKLDivLoss, LocalizationDistillLoss) for v in (0, *NUMBERS)],
+    *[(YOLOLogitLoss, name, v) for name in ('obj_weight', 'box_weight', 'cls_weight', 'scale') for v in NUMBERS],
+    *[(cls, 'foreground', v) for cls in (BinaryKLDivLoss, LocalizationDistillLoss) for v in ('box', 'yes', 1, None)],
+    *[(YOLOLogitLoss, 'foreground', v) for v in ('cls', 1, None)],
+    *[(KLDivLoss, 'standardize', v) for v in ('yes', 1, None)],
+]
+
+
+@pytest.mark.parametrize('cls, name, value', BAD)
+def test_bad_hyper_parameters_are_refused(cls, name, value):
+    with pytest.raises(DistillError, match=name) as error:
+        cls(**{name: value})
+    assert repr(value) in str(error.value)
+
+
+def test_all_weights_zero_is_refused():
+    with pytest.raises(DistillError, match='all 0'):
+        YOLOLogitLoss(0, 0, 0)
+
+
+@every_loss
+def test_different_shapes_are_refused(loss, build):
+    """Never broadcast."""
+    student = raw(2, 0)
+    with pytest.raises(DistillError, match=r'\(2, .*\(1, '):
+        loss(build(student), build([v[:1] for v in raw(2, 1)]))
+
+
+@pytest.mark.parametrize('function', [losses.kl_div, losses.binary_kl_div, losses.feature_mse])
+def test_something_else_than_a_tensor_is_refused(function):
+    tensor = torch.zeros(2, 3)
+    with pytest.raises(DistillError, match='student must be one tensor, got tuple'):
+        function((tensor,), tensor)
+    with pytest.raises(DistillError, match='teacher must be one tensor, got list'):
+        function(tensor, [tensor])
+
+
+@pytest.mark.parametrize('function', [losses.kl_div, losses.binary_kl_div, losses.localization_distill])
+def test_functions_check_the_temperature(function):
+    with pytest.raises(DistillError, match='temperature'):
+        function(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4, 3), temperature=0.0)
+
+
+def test_every_loss_a_config_can_name_is_in_the_table():
+    exported = {cls for name in losses.__all__ if isinstance(cls := getattr(losses, name), type)}
+    assert exported == {type(loss) for loss, _ in CASES.values()}
+    assert all(issubclass(cls, torch.nn.Module) for cls in exported)
+
+
+def test_needs_torch_only():
+    code = (
+        'import sys, kd_plugins.losses, kd_plugins.adapters\n'
+        "heavy = {'mmengine', 'mmcv', 'mmdet', 'ultralytics', 'timm', 'kd_plugins.predictions'} & set(sys.modules)\n"
+        'assert not heavy, heavy'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
