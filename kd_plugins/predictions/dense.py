@@ -40,6 +40,9 @@ class DensePredictions:
             the distances, or the box, leave it None: ``ltrb`` says it all.
         box_coding: Names what ``box`` means; two heads' ``box`` are comparable when these are equal.
         num_priors: Priors (anchors) per location.
+        obj_coding: What ``obj`` means: ``'objectness'`` (trained everywhere: is there an object) or ``'centerness'``
+            (trained on positives only, arbitrary elsewhere). Both scale the class probabilities; comparing them
+            with each other makes no sense.
         absent: Why a field is None, by field name; quoted by :meth:`require`.
 
     Raises:
@@ -57,6 +60,7 @@ class DensePredictions:
     box: Tensor | None = None
     box_coding: str | None = None
     num_priors: int = 1
+    obj_coding: str = 'objectness'
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
