@@ -12,7 +12,8 @@ import os
 import pickle
 import types
 from collections import OrderedDict
-from typing import Any, Dict, Mapping, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _pickle_module() -> types.ModuleType:
     return module
 
 
-def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> Dict[str, Any]:
+def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, Any]:
     """Read a checkpoint file on the CPU.
 
     Args:
@@ -96,7 +97,9 @@ def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> Dict[str, A
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         files = [f for f in os.listdir(path) if f.endswith(('.pth', '.pt'))]
-        raise DistillError(f'{where} {path!r} is a folder, not a file; it holds {", ".join(sorted(files)[:5]) or "none"}.')
+        raise DistillError(
+            f'{where} {path!r} is a folder, not a file; it holds {", ".join(sorted(files)[:5]) or "none"}.'
+        )
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
         if os.path.isdir(folder):
@@ -133,7 +136,7 @@ def _download(url: str, where: str) -> str:
     return target
 
 
-def find_weights(checkpoint: Any, source: str) -> Tuple[Dict[str, Tensor], Mapping[str, Any]]:
+def find_weights(checkpoint: Any, source: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The weights and the metadata in a checkpoint.
 
     Understands ``{'state_dict': ...}`` (MMEngine; after EMA training this entry holds the averaged weights),
@@ -157,7 +160,9 @@ def find_weights(checkpoint: Any, source: str) -> Tuple[Dict[str, Tensor], Mappi
             if isinstance(checkpoint.get(key), Mapping):
                 state = checkpoint[key]
                 break
-    weights = OrderedDict((k, v) for k, v in state.items() if isinstance(v, Tensor)) if isinstance(state, Mapping) else {}
+    weights = (
+        OrderedDict((k, v) for k, v in state.items() if isinstance(v, Tensor)) if isinstance(state, Mapping) else {}
+    )
     if not weights:
         held = ', '.join(repr(k) for k in list(checkpoint)[:8]) if isinstance(checkpoint, Mapping) else type(checkpoint)
         raise DistillError(f'Checkpoint {source!r} holds no weights; expected a "state_dict" entry, found {held}.')

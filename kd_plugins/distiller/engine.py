@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import DensePredictions, align, find_reader, read
 
-Classes = Optional[Tuple[Sequence[int], Sequence[int]]]
+Classes = tuple[Sequence[int], Sequence[int]] | None
 
 
 class AdapterBank(nn.Module):
@@ -31,7 +32,7 @@ class AdapterBank(nn.Module):
         self._register_state_dict_hook(_drop_own_keys)
         self._register_load_state_dict_pre_hook(_keep_own_values, with_module=True)
 
-    def export_state(self) -> Dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """Adapter weights on the CPU by name, for the checkpoint's own entry."""
         return {k: v.detach().cpu().clone() for k, v in _own_tensors(self, '').items()}
 
@@ -45,19 +46,15 @@ class AdapterBank(nn.Module):
         wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
         if wrong:
             raise DistillError(
-                f'The adapters saved in {source!r} are not those of this config ({", ".join(wrong[:3])}); resume with the '
-                'terms the run was started with, or start anew from load_from.'
+                f'The adapters saved in {source} are not those of this config ({", ".join(wrong[:3])}); resume with '
+                'the terms the run was started with, or start anew from load_from.'
             )
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])
 
-    def idle(self) -> Tensor:
-        """Zero times every parameter: keeps DDP's reducer complete while the adapters are out of use."""
-        return sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
 
-
-def _own_tensors(bank: nn.Module, prefix: str) -> Dict[str, Tensor]:
+def _own_tensors(bank: nn.Module, prefix: str) -> dict[str, Tensor]:
     persistent = {}
     for path, module in bank.named_modules():
         start = f'{prefix}{path}.' if path else prefix
@@ -71,12 +68,12 @@ def _own_tensors(bank: nn.Module, prefix: str) -> Dict[str, Tensor]:
 
 
 # Module-level functions, so that the EMA's deep copy of the bank carries hooks that act on the copy.
-def _drop_own_keys(bank: nn.Module, state: Dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+def _drop_own_keys(bank: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
     for key in _own_tensors(bank, prefix):
         state.pop(key, None)
 
 
-def _keep_own_values(bank: nn.Module, state: Dict[str, Tensor], prefix: str, *rest: Any) -> None:
+def _keep_own_values(bank: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
     # A load finds the bank's current values, so it is complete without them being in the file.
     for key, value in _own_tensors(bank, prefix).items():
         state.setdefault(key, value.detach())
@@ -106,8 +103,8 @@ class Position:
 class _Shared:
     """Predictions read once per iteration and used by several terms."""
 
-    read: Dict[Tuple[str, str], DensePredictions] = field(default_factory=dict)
-    aligned: Dict[Tuple[str, str], Tuple[DensePredictions, DensePredictions]] = field(default_factory=dict)
+    read: dict[tuple[str, str], DensePredictions] = field(default_factory=dict)
+    aligned: dict[tuple[str, str], tuple[DensePredictions, DensePredictions]] = field(default_factory=dict)
 
 
 class Distiller:
@@ -131,23 +128,23 @@ class Distiller:
         self,
         student: nn.Module,
         teacher: Teacher,
-        terms: Dict[str, Term],
+        terms: dict[str, Term],
         *,
         classes: Classes = None,
         start: int = 0,
-        stop: Optional[int] = None,
-        resolve: Optional[Resolver] = None,
-        bank: Optional[AdapterBank] = None,
+        stop: int | None = None,
+        resolve: Resolver | None = None,
+        bank: AdapterBank | None = None,
     ) -> None:
         self.student, self.teacher, self.terms, self.classes = student, teacher, terms, classes
         self.start, self.stop = start, stop
         self.bank = bank if bank is not None else AdapterBank()
         self._resolve = resolve
-        self._free: Dict[str, nn.ModuleList] = {}
+        self._free: dict[str, nn.ModuleList] = {}
         self.position = Position()
 
     @property
-    def student_modules(self) -> List[str]:
+    def student_modules(self) -> list[str]:
         """Paths that are tapped in the student."""
         return list(dict.fromkeys(t.student.module for t in self.terms.values()))
 
@@ -174,7 +171,7 @@ class Distiller:
         samples: Any,
         run_student: Callable[[nn.Module, Tensor, Any, Sequence[str]], None],
         build_adapters: bool = True,
-    ) -> List[Row]:
+    ) -> list[Row]:
         """Run both models once without gradients, build what adapters are needed and check that every term fits.
 
         Neither weights, buffers, modes nor random generators change.
@@ -248,8 +245,8 @@ class Distiller:
                     'its checkpoint is damaged, or its normalisation or precision is wrong.'
                 )
 
-    def _build_adapters(self, term: Term, pairs: List[Tuple[Tensor, Tensor]]) -> None:
-        built: List[nn.Module] = []
+    def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        built: list[nn.Module] = []
         for student, teacher in pairs:
             if term.adapter == 'auto' and term.consumes == 'features':
                 adapter = auto_adapter(tuple(student.shape), tuple(teacher.shape))
@@ -272,15 +269,15 @@ class Distiller:
         held = self.bank._modules.get(term.name)
         return held if held is not None else self._free.get(term.name, _NONE)
 
-    def _describe_adapters(self, term: Term, pairs: List[Tuple[Tensor, Tensor]]) -> str:
+    def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> str:
         words = [
             describe_adapter(None if isinstance(a, _Identity) else a, tuple(s.shape), tuple(t.shape))
-            for a, (s, t) in zip(self._adapters(term), pairs)
+            for a, (s, t) in zip(self._adapters(term), pairs, strict=True)
         ]
         return '; '.join(dict.fromkeys(words)) or 'none'
 
     # ------------------------------------------------------------------ every iteration
-    def losses(self, capture: Capture, inputs: Any, samples: Any) -> Dict[str, Tensor]:
+    def losses(self, capture: Capture, inputs: Any, samples: Any) -> dict[str, Tensor]:
         """The weighted KD losses of one iteration.
 
         Args:
@@ -297,7 +294,6 @@ class Distiller:
         device = _device(inputs, self.student)
         live = [t for t in self.terms.values() if self.active and self.weight(t) > 0]
         result = {f'loss_kd_{name}': torch.zeros((), device=device) for name in self.terms}
-        idle = [m for t, m in self.bank._modules.items() if t not in {term.name for term in live}]
         if live:
             taught = self._run_teacher(inputs, samples, live)
             shared = _Shared()
@@ -309,10 +305,11 @@ class Distiller:
                 except DistillError as error:
                     raise DistillError(f'term {term.name!r}: {error}') from error
                 result[f'loss_kd_{term.name}'] = value * self.weight(term)
-        for module in idle:
-            for key in result:
-                result[key] = result[key] + sum(p.sum() * 0 for p in module.parameters())
-                break
+        # DDP waits for a gradient of every parameter: adapters that are out of use contribute zero.
+        for name, modules in self.bank.named_children():
+            if name not in {term.name for term in live}:
+                key = f'loss_kd_{name}'
+                result[key] = result[key] + sum(p.sum() * 0 for p in modules.parameters())
         return result
 
     def _run_teacher(self, inputs: Any, samples: Any, terms: Sequence[Term]) -> Capture:
@@ -330,7 +327,7 @@ class Distiller:
             value = self._tensor_loss(term, pairs)
         if not source.requires_grad and torch.is_grad_enabled():
             raise DistillError(
-                f'the student tap {str(term.student)!r} carries no gradient, so distilling there cannot train anything; '
+                f'the student tap {str(term.student)!r} carries no gradient, so distilling there trains nothing; '
                 'it is frozen, or inside an activation-checkpointed module: tap a trainable module, or the '
                 'checkpointed module itself.'
             )
@@ -345,15 +342,17 @@ class Distiller:
         )
         readable = [_readable(m) and tap.index is None for _, m, tap in sides]
         if term.consumes == 'predictions':
-            for (_, module, tap), ok in zip(sides, readable):
+            for (_, module, tap), ok in zip(sides, readable, strict=True):
                 if not ok:
                     find_reader(module)  # refuses with the heads that can be read
-                    raise DistillError(f'{type(term.loss).__name__} compares whole heads: write {tap.module!r}, not {tap}.')
+                    raise DistillError(
+                        f'{type(term.loss).__name__} compares whole heads: write {tap.module!r}, not {tap}.'
+                    )
         return all(readable)
 
     def _predictions(
         self, term: Term, student: Capture, teacher: Capture, shared: _Shared
-    ) -> Tuple[DensePredictions, DensePredictions]:
+    ) -> tuple[DensePredictions, DensePredictions]:
         key = (term.student.module, term.teacher.module)
         if key not in shared.aligned:
             sides = []
@@ -374,7 +373,7 @@ class Distiller:
                 return term.loss(student, teacher)
             return term.loss(student.class_logits(), teacher.class_logits())
 
-    def _pairs(self, term: Term, student: Capture, teacher: Capture) -> List[Tuple[Tensor, Tensor]]:
+    def _pairs(self, term: Term, student: Capture, teacher: Capture) -> list[tuple[Tensor, Tensor]]:
         ours, theirs = student.maps(term.student), teacher.maps(term.teacher)
         if len(ours) != len(theirs):
             raise DistillError(
@@ -382,9 +381,9 @@ class Distiller:
                 f'{str(term.teacher)!r} has {len(theirs)} {_shapes(theirs)}; pick levels, e.g. '
                 f'student={term.student.module + "[0]"!r}, teacher={term.teacher.module + "[0]"!r}.'
             )
-        return [(s, t.detach()) for s, t in zip(ours, theirs)]
+        return [(s, t.detach()) for s, t in zip(ours, theirs, strict=True)]
 
-    def _tensor_loss(self, term: Term, pairs: List[Tuple[Tensor, Tensor]]) -> Tensor:
+    def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         adapters = self._adapters(term)
         values = []
         for level, (student, teacher) in enumerate(pairs):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping, Union
+from typing import Any
 
 from kd_plugins.errors import DistillError, check_keys, nearest
 
@@ -50,7 +51,7 @@ class Ramp:
         return f'{self.start:g} -> {self.end:g} ({self.shape}, {self.begin:g} to {self.until:g} of the run)'
 
 
-Schedule = Union[Constant, Ramp]
+Schedule = Constant | Ramp
 _SHAPES = ('linear', 'cosine')
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
 
 from kd_plugins.distiller.teacher import Teacher
 
@@ -52,7 +52,7 @@ def summary(
         schedule: When KD is on.
         notes: More lines, e.g. keys that were allowed to be missing.
     """
-    facts: List[Tuple[str, str]] = [
+    facts: list[tuple[str, str]] = [
         ('student', f'{student}, {count(student_parameters)} parameters'),
         (
             'teacher',
@@ -66,7 +66,7 @@ def summary(
         *(('note', n) for n in notes),
     ]
     header = ('term', 'loss', 'weight', 'side', 'tap', 'what is there', 'adapter')
-    table: List[Sequence[str]] = [header]
+    table: list[Sequence[str]] = [header]
     for row in rows:
         adapter = row.adapter if not row.parameters else f'{row.adapter}'
         table.append((row.name, row.loss, row.weight, 'student', row.student, row.student_shape, adapter))
@@ -77,10 +77,12 @@ def summary(
     lines += [f'  {key:<8} {value}' for key, value in facts]
     lines.append(rule)
     for index, line in enumerate(table):
-        lines.append(('  ' + '  '.join(cell.ljust(w) for cell, w in zip(line, widths))).rstrip())
+        lines.append(('  ' + '  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))).rstrip())
         if index == 0:
             lines.append(rule)
     trainable = sum(r.parameters for r in rows)
     lines.append(rule)
-    lines.append(f'  trainable adapter parameters: {count(trainable)} (not part of the student or its checkpoint weights)')
+    lines.append(
+        f'  trainable adapter parameters: {count(trainable)} (not part of the student or its checkpoint weights)'
+    )
     return '\n'.join(lines)

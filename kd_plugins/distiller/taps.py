@@ -8,8 +8,9 @@ a capture is open and takes it off again when the capture closes, also after an 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Tap:
     """
 
     module: str
-    index: Optional[int] = None
+    index: int | None = None
 
     @classmethod
     def parse(cls, text: object, where: str) -> Tap:
@@ -103,9 +104,9 @@ def map_tensors(value: Any, function) -> Any:
     return value
 
 
-def tensors_in(value: Any) -> List[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
-    found: List[Tensor] = []
+    found: list[Tensor] = []
     map_tensors(value, found.append)
     return found
 
@@ -126,9 +127,9 @@ class Capture:
 
     def __init__(self, model: nn.Module, paths: Iterable[str], where: str) -> None:
         self.where = where
-        self.modules: Dict[str, nn.Module] = {path: find_module(model, path, where) for path in dict.fromkeys(paths)}
-        self.calls: Dict[str, List[Call]] = {}
-        self._saved: List[Tuple[nn.Module, bool, Any]] = []
+        self.modules: dict[str, nn.Module] = {path: find_module(model, path, where) for path in dict.fromkeys(paths)}
+        self.calls: dict[str, list[Call]] = {}
+        self._saved: list[tuple[nn.Module, bool, Any]] = []
 
     def open(self) -> Capture:
         """Start recording; forgets what was recorded before."""
@@ -157,7 +158,7 @@ class Capture:
         self.close()
 
     @staticmethod
-    def _recorder(module: nn.Module, inner, calls: List[Call]):
+    def _recorder(module: nn.Module, inner, calls: list[Call]):
         @torch.compiler.disable(recursive=False)
         def forward(*args, **kwargs):
             output = inner(*args, **kwargs)
@@ -179,7 +180,7 @@ class Capture:
             )
         return calls[0]
 
-    def maps(self, tap: Tap) -> List[Tensor]:
+    def maps(self, tap: Tap) -> list[Tensor]:
         """The tensors at a tap: all outputs of all calls in order, or the indexed one.
 
         Raises:
@@ -197,7 +198,7 @@ class Capture:
             )
         return [found[tap.index]]
 
-    def _fired(self, path: str) -> List[Call]:
+    def _fired(self, path: str) -> list[Call]:
         calls = self.calls.get(path)
         if not calls:
             raise DistillError(

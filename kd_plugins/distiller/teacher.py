@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Teacher:
         name: str,
         checkpoint: str = '',
         normalization: str = 'same as student',
-        classes: Optional[Sequence[str]] = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         self._run = run
@@ -55,7 +56,7 @@ class Teacher:
         self.normalization = normalization
         self.classes = None if classes is None else tuple(classes)
 
-    def __deepcopy__(self, memo: Dict) -> Teacher:
+    def __deepcopy__(self, memo: dict) -> Teacher:
         return self
 
     def __copy__(self) -> Teacher:
@@ -65,8 +66,11 @@ class Teacher:
         return _nothing, ()
 
     def to(self, like: Tensor) -> Teacher:
-        """Follow the device of a tensor (and its dtype, when the student itself runs in half precision)."""
-        self.model.to(device=like.device)
+        """Follow the device of the student's inputs, and their dtype where the student itself runs in it."""
+        first = next(self.model.parameters(), None)
+        dtype = like.dtype if like.is_floating_point() else None
+        if first is not None and (first.device != like.device or (dtype is not None and first.dtype != dtype)):
+            self.model.to(device=like.device, dtype=dtype)
         return self
 
     @property
@@ -165,8 +169,10 @@ def load_strictly(
                 'check that teacher.config is the config it was trained with, or name modules that may differ in '
                 'teacher.allow_missing / teacher.allow_unexpected.'
             )
-        raise DistillError(f'Teacher checkpoint {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}')
-    result = model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+        raise DistillError(
+            f'Teacher checkpoint {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}'
+        )
+    result = model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)
     left = [k for k in result.missing_keys if k not in missing and not k.endswith('num_batches_tracked')]
     if left or result.unexpected_keys:
         raise DistillError(

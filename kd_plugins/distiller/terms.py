@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Mapping, Optional
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from kd_plugins.distiller.taps import Tap
 from kd_plugins.errors import DistillError, check_keys, nearest
 
 TERM_KEYS = ('loss', 'student', 'teacher', 'adapter', 'weight', 'temperature')
-Resolver = Callable[[str], Optional[Callable[..., nn.Module]]]
+Resolver = Callable[[str], Callable[..., nn.Module] | None]
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Term:
     teacher: Tap
     adapter: Any
     weight: Schedule
-    temperature: Optional[Schedule]
+    temperature: Schedule | None
 
     @property
     def consumes(self) -> str:
@@ -52,7 +53,7 @@ class Term:
         return isinstance(self.weight, Constant) and self.weight.value == 0
 
 
-def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Optional[Resolver] = None) -> nn.Module:
+def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Resolver | None = None) -> nn.Module:
     """Build ``dict(type='Name', **options)`` from a package, then from a framework's registry.
 
     Args:
@@ -91,7 +92,7 @@ def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Optional
         raise DistillError(f'{where}: {getattr(factory, "__name__", name)} cannot be built: {error}.') from error
 
 
-def build_terms(cfg: Any, resolve: Optional[Resolver] = None) -> Dict[str, Term]:
+def build_terms(cfg: Any, resolve: Resolver | None = None) -> dict[str, Term]:
     """Read ``terms`` from a config.
 
     Args:
@@ -105,7 +106,9 @@ def build_terms(cfg: Any, resolve: Optional[Resolver] = None) -> Dict[str, Term]
         DistillError: A term is misspelt, or there is none.
     """
     if isinstance(cfg, (list, tuple)):
-        raise DistillError("terms must be a dict, name=dict(loss=...), so that configs can inherit and override; got a list.")
+        raise DistillError(
+            'terms must be a dict, name=dict(loss=...), so that configs can inherit and override; got a list.'
+        )
     if not isinstance(cfg, Mapping) or not {k: v for k, v in cfg.items() if v is not None}:
         raise DistillError(
             "terms is empty: nothing would be distilled; write terms=dict(logits=dict(loss=dict(type='YOLOLogitLoss'), "
@@ -115,7 +118,7 @@ def build_terms(cfg: Any, resolve: Optional[Resolver] = None) -> Dict[str, Term]
     return {name: _build_term(name, term, resolve) for name, term in cfg.items() if term is not None}
 
 
-def _build_term(name: str, cfg: Any, resolve: Optional[Resolver]) -> Term:
+def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     where = f'term {name!r}'
     if not isinstance(name, str) or not name.isidentifier():
         raise DistillError(f'{where}: the name becomes the log key loss_kd_<name> and must be an identifier.')
@@ -150,6 +153,6 @@ def _build_term(name: str, cfg: Any, resolve: Optional[Resolver]) -> Term:
     )
 
 
-def build_adapter(term: Term, cfg: Any, where: str, resolve: Optional[Resolver] = None) -> nn.Module:
+def build_adapter(term: Term, cfg: Any, where: str, resolve: Resolver | None = None) -> nn.Module:
     """Build an adapter that a term spells out."""
     return build_named(cfg, adapters, where, 'adapter', resolve)

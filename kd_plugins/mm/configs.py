@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, List, Mapping, Union
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
@@ -53,18 +54,18 @@ def resolve_config(text: str, where: str = 'teacher.config') -> str:
         path = folder / relative
         if not path.is_file():
             near = folder / os.path.dirname(relative)
-            pool: List[Path] = list(near.glob('*.py')) if near.is_dir() else list(folder.glob('*/*.py'))
+            pool: list[Path] = list(near.glob('*.py')) if near.is_dir() else list(folder.glob('*/*.py'))
             names = [f'{package}::{p.relative_to(folder).as_posix()}' for p in pool]
             raise DistillError(f'{where} {text!r} does not exist; {nearest(text, names)}')
         return str(path)
     path = Path(text).expanduser()
     if not path.is_file():
-        pool = [p for p in path.parent.glob('*.py')] if path.parent.is_dir() else []
+        pool = list(path.parent.glob('*.py')) if path.parent.is_dir() else []
         raise DistillError(f'{where} {text!r} does not exist; {nearest(text, [p.as_posix() for p in pool])}')
     return str(path)
 
 
-def load_config(spec: Union[str, Mapping[str, Any]], where: str = 'teacher.config') -> Config:
+def load_config(spec: str | Mapping[str, Any], where: str = 'teacher.config') -> Config:
     """Read a config from a path, ``package::path``, a mapping or a ``Config``.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copyreg
-from typing import Any, Dict, Mapping, Optional, Type
+from collections.abc import Mapping
+from typing import Any
 
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
@@ -24,9 +25,9 @@ class DistillMixin:
     ``load_from``, activation checkpointing and hooks that look for sub-modules find what they find in the plain model.
     """
 
-    student_class: Type[nn.Module]
+    student_class: type[nn.Module]
     distill: Mapping[str, Any]
-    kd_error: Optional[DistillError] = None
+    kd_error: DistillError | None = None
     kd_attached: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +43,7 @@ class DistillMixin:
         state['_modules'] = {k: v for k, v in self._modules.items() if k != BANK}
         return copyreg.__newobj__, (self.student_class,), state
 
-    def __deepcopy__(self, memo: Dict) -> nn.Module:
+    def __deepcopy__(self, memo: dict) -> nn.Module:
         import copy
 
         result = self.__class__.__new__(self.__class__)
@@ -51,7 +52,7 @@ class DistillMixin:
         return result
 
 
-_CLASSES: Dict[type, type] = {}
+_CLASSES: dict[type, type] = {}
 
 
 def distilled_class(student: type) -> type:

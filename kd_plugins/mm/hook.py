@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -56,22 +57,23 @@ class DistillHook(Hook):
 
     def __init__(
         self,
-        teacher: Optional[Mapping[str, Any]] = None,
-        terms: Optional[Mapping[str, Any]] = None,
+        teacher: Mapping[str, Any] | None = None,
+        terms: Mapping[str, Any] | None = None,
         start: int = 0,
-        stop: Optional[int] = None,
+        stop: int | None = None,
         **unknown: Any,
     ) -> None:
-        self._options: Dict[str, Any] = {
+        self._options: dict[str, Any] = {
             k: v for k, v in (('teacher', teacher), ('terms', terms), ('start', start), ('stop', stop)) if v is not None
         }
         self._options.update(unknown)
-        self.distiller: Optional[Distiller] = None
-        self._handles: List[Any] = []
-        self._capture: Optional[Capture] = None
-        self._model: Optional[nn.Module] = None
+        self.distiller: Distiller | None = None
+        self._handles: list[Any] = []
+        self._capture: Capture | None = None
+        self._model: nn.Module | None = None
 
-    def __deepcopy__(self, memo: Dict) -> DistillHook:
+    def __deepcopy__(self, memo: dict) -> DistillHook:
+        # A copy of the model made during training copies its forward hooks, and with them this object's references.
         return self
 
     # ------------------------------------------------------------------ life cycle
@@ -98,7 +100,7 @@ class DistillHook(Hook):
         unit, _, total = unit_of(runner)
         if self.distiller.start >= total:
             raise DistillError(
-                f'start={self.distiller.start} is not before the end of the run ({total} {unit}s), so KD would never be on.'
+                f'start={self.distiller.start} is not before the end of the run ({total} {unit}s): KD would never be on.'
             )
         runner.logger.info(
             summary(
@@ -122,12 +124,12 @@ class DistillHook(Hook):
         """Leave the model as it was found."""
         self.detach()
 
-    def before_save_checkpoint(self, runner: Any, checkpoint: Dict) -> None:
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Save the adapters under a key of their own; a run without adapters saves what the plain run saves."""
         if self.distiller is not None and any(True for _ in self.distiller.bank.parameters()):
             checkpoint[STATE] = dict(adapters=self.distiller.bank.export_state())
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: Dict) -> None:
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Restore the adapters when a run is resumed."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         bank = getattr(model, BANK, None)
@@ -135,8 +137,8 @@ class DistillHook(Hook):
             return
         if STATE not in checkpoint:
             raise DistillError(
-                'The checkpoint to resume from holds no adapters, so it was not written by this distilled run; to start '
-                'a distilled run from its weights use load_from without --resume.'
+                'The checkpoint to resume from holds no adapters, so it was not written by this distilled run; to '
+                'start a distilled run from its weights use load_from without --resume.'
             )
         bank.import_state(checkpoint[STATE]['adapters'], 'the checkpoint')
 
@@ -161,17 +163,17 @@ class DistillHook(Hook):
         self._model = None
 
     @torch.compiler.disable
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: Dict) -> None:
-        if _mode(args, kwargs) == 'loss' and self.distiller.active:
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model is self._model and _mode(args, kwargs) == 'loss' and self.distiller.active:
             self._capture = self.distiller.capture().open()
 
     @torch.compiler.disable
-    def _after_forward(self, model: nn.Module, args: tuple, kwargs: Dict, output: Any) -> Any:
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.close()
         # `always_call` also brings us here when the student's forward raised, with no output.
-        if output is None or _mode(args, kwargs) != 'loss':
+        if output is None or model is not self._model or _mode(args, kwargs) != 'loss':
             return None
         inputs = kwargs['inputs'] if 'inputs' in kwargs else args[0]
         samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
@@ -186,7 +188,7 @@ class DistillHook(Hook):
         return {**output, **kd, 'kd_ratio': ratio}
 
     # ------------------------------------------------------------------ what must not start
-    def _resolve_options(self, model: nn.Module) -> Dict[str, Any]:
+    def _resolve_options(self, model: nn.Module) -> dict[str, Any]:
         carried = getattr(model, 'distill', None) if isinstance(model, DistillMixin) else None
         own = {k: v for k, v in self._options.items() if k not in ('start', 'stop') or v}
         if carried is None:
@@ -195,8 +197,8 @@ class DistillHook(Hook):
             raise model.kd_error
         if own:
             raise DistillError(
-                f'The model is kd_plugins.Distilled and carries teacher and terms; take {", ".join(map(repr, own))} out of '
-                "default_hooks.distill (dict(type='kd_plugins.DistillHook') is enough)."
+                f'The model is kd_plugins.Distilled and carries teacher and terms; take {", ".join(map(repr, own))} out '
+                "of default_hooks.distill (dict(type='kd_plugins.DistillHook') is enough)."
             )
         return dict(carried)
 
@@ -205,8 +207,8 @@ class DistillHook(Hook):
         listed = runner.cfg.get('custom_hooks') or []
         if any(isinstance(h, Mapping) and str(h.get('type')).split('.')[-1] == 'DistillHook' for h in listed):
             raise DistillError(
-                'DistillHook stands in custom_hooks; a custom_hooks list in a child config replaces the list of its base '
-                "(EMA, pipeline switch). Write default_hooks=dict(distill=dict(type='kd_plugins.DistillHook', ...)) instead."
+                'DistillHook stands in custom_hooks, where a list in a child config replaces its whole base (EMA, '
+                "pipeline switch); write default_hooks=dict(distill=dict(type='kd_plugins.DistillHook', ...)) instead."
             )
 
     @staticmethod
@@ -215,8 +217,8 @@ class DistillHook(Hook):
         start = getattr(runner, '_load_from', None)
         if teacher and start and os.path.realpath(str(teacher)) == os.path.realpath(str(start)):
             raise DistillError(
-                f'The student starts from the teacher\'s own checkpoint {str(teacher)!r} (load_from): they would be equal and '
-                'nothing would be learned; give another load_from or another teacher.checkpoint.'
+                f"The student starts from the teacher's own checkpoint {str(teacher)!r} (load_from): they would be "
+                'equal and nothing would be learned; give another load_from or another teacher.checkpoint.'
             )
 
 
@@ -230,7 +232,7 @@ def _total(losses: Mapping[str, Any]) -> Tensor:
     return torch.stack(flat).sum()
 
 
-def _dataset_classes(runner: Any) -> Optional[tuple]:
+def _dataset_classes(runner: Any) -> tuple | None:
     dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
     names = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     return None if names is None or isinstance(names, str) else tuple(names)
@@ -247,11 +249,10 @@ def _classes_text(student: Any, teacher: Any, classes: Any) -> str:
 def _model_form_lines(distiller: Distiller) -> str:
     names = ', '.join(repr(n) for n in distiller.bank._modules)
     return (
-        f'term {names} needs trainable adapters, which only the model form can carry to the optimizer and through resume. '
-        'Write in your config:\n'
+        f'term {names} needs trainable adapters, which only the model form can carry to the optimizer and through '
+        'resume. Write in your config:\n'
         "    model = dict(type='kd_plugins.Distilled', student_type=_base_.model.type,\n"
         '                 distill=dict(teacher=dict(...), terms=dict(...)))  # moved from default_hooks.distill\n'
         f'    {HOOK_LINES}\n'
         'or add adapter=None and tap layers of equal shape.'
     )
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class TeacherInputs:
         self.same = self.same_values and ours.pad_value == theirs.pad_value
         self.description = 'same as student' if self.same else f'{theirs} (student: {ours})'
 
-    def __call__(self, inputs: Any, samples: Optional[Sequence[Any]] = None) -> Tensor:
+    def __call__(self, inputs: Any, samples: Sequence[Any] | None = None) -> Tensor:
         """Make the teacher's batch.
 
         Args:
@@ -62,7 +63,7 @@ class TeacherInputs:
             source = inputs.flip(1) if self.flip else inputs
             result = source * self.scale.to(source) + self.shift.to(source)
         height, width = result.shape[-2:]
-        for image, sample in zip(result, samples or ()):
+        for image, sample in zip(result, samples or (), strict=False):
             shape = getattr(sample, 'metainfo', {}).get('img_shape')
             if shape is not None:
                 h, w = int(shape[0]), int(shape[1])
@@ -76,13 +77,15 @@ class TeacherInputs:
 class _Normalization:
     """Mean, std, channel flip and pad value of a data preprocessor, as float64 tensors."""
 
-    def __init__(self, preprocessor: Optional[nn.Module]) -> None:
+    def __init__(self, preprocessor: nn.Module | None) -> None:
         mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
         enabled = getattr(preprocessor, '_enable_normalize', mean is not None) and mean is not None
         self.mean = self._three(mean) if enabled else torch.zeros(3, dtype=torch.float64)
         self.std = self._three(std) if enabled else torch.ones(3, dtype=torch.float64)
         # MMSegmentation stores the flag without the underscore.
-        self.flip = bool(getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False)))
+        self.flip = bool(
+            getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
+        )
         self.pad_value = float(getattr(preprocessor, 'pad_value', getattr(preprocessor, 'pad_val', 0)) or 0)
 
     @staticmethod
@@ -91,7 +94,7 @@ class _Normalization:
         return flat.expand(3).clone() if flat.numel() == 1 else flat
 
     def __str__(self) -> str:
-        def short(values: Tensor) -> List[float]:
+        def short(values: Tensor) -> list[float]:
             return [round(v, 2) for v in values.tolist()]
 
         # MMEngine's pipelines decode to BGR.

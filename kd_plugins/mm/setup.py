@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Mapping, Optional, Tuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
@@ -22,7 +23,7 @@ DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop')
 DRY_RUN_SIZE = 256
 
 
-def find_in_registries(name: str) -> Optional[Callable[..., nn.Module]]:
+def find_in_registries(name: str) -> Callable[..., nn.Module] | None:
     """A user's loss or adapter from MMEngine's registries, in the scope of the running config; None if unknown."""
     with MODELS.switch_scope_and_registry(None) as registry:
         return registry.get(name)
@@ -43,13 +44,15 @@ def check_options(distill: Any) -> None:
     start, stop = distill.get('start', 0), distill.get('stop')
     for key, value in (('start', start), ('stop', stop)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise DistillError(f'{key} must be a whole number of epochs (iterations in an IterBasedTrainLoop), got {value!r}.')
+            raise DistillError(
+                f'{key} must be a whole number of epochs (iterations in an IterBasedTrainLoop), got {value!r}.'
+            )
     if stop is not None and stop <= (start or 0):
         raise DistillError(f'stop ({stop}) must come after start ({start or 0}).')
 
 
 def build_distiller(
-    student: nn.Module, teacher: Teacher, distill: Mapping[str, Any], bank: Optional[AdapterBank] = None, **options: Any
+    student: nn.Module, teacher: Teacher, distill: Mapping[str, Any], bank: AdapterBank | None = None, **options: Any
 ) -> Distiller:
     """Build the engine for a student from the ``distill`` options."""
     check_options(distill)
@@ -65,7 +68,7 @@ def build_distiller(
     )
 
 
-def dry_run(distiller: Distiller) -> List[Row]:
+def dry_run(distiller: Distiller) -> list[Row]:
     """Run student and teacher once on a blank image and check every term; nothing changes.
 
     Raises:
@@ -101,7 +104,7 @@ def schedule_text(distiller: Distiller, unit: str, total: int) -> str:
     return f'from {unit} {distiller.start} {last} (of {total})'
 
 
-def unit_of(runner: Any) -> Tuple[str, int, int]:
+def unit_of(runner: Any) -> tuple[str, int, int]:
     """What ``start`` and ``stop`` are counted in: ``('epoch', done, total)``, or iterations in an iteration loop."""
     loop = runner.train_loop
     if isinstance(loop, IterBasedTrainLoop):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -21,7 +22,7 @@ from kd_plugins.mm.inputs import TeacherInputs
 TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected')
 
 
-def build_architecture(cfg: Mapping[str, Any]) -> Tuple[nn.Module, Config]:
+def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     """Build a teacher's network with random weights, leaving random generators untouched.
 
     Args:
@@ -52,7 +53,7 @@ def build_architecture(cfg: Mapping[str, Any]) -> Tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> Tuple[Teacher, List[str]]:
+def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> tuple[Teacher, list[str]]:
     """Build and completely load a teacher.
 
     Args:
@@ -72,9 +73,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> Tuple[Teacher, 
     source = os.fspath(cfg['checkpoint'])
     weights, meta = find_weights(load_checkpoint(source), source)
     with untouched_rng():
-        report = load_strictly(
-            model, weights, source, _names(cfg, 'allow_missing'), _names(cfg, 'allow_unexpected')
-        )
+        report = load_strictly(model, weights, source, _names(cfg, 'allow_missing'), _names(cfg, 'allow_unexpected'))
     notes = []
     if report.missing:
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
@@ -108,7 +107,7 @@ def _names(cfg: Mapping[str, Any], key: str) -> Sequence[str]:
 
 def teacher_classes(
     cfg: Mapping[str, Any], model: nn.Module, config: Config, meta: Mapping[str, Any]
-) -> Optional[Tuple[str, ...]]:
+) -> tuple[str, ...] | None:
     """Names of the teacher's classes: as given, else from its checkpoint, else from its config's data set.
 
     Names whose number is not the number of classes the teacher's head has are ignored (a config whose data set was
@@ -133,7 +132,7 @@ def teacher_classes(
     return None
 
 
-def num_classes(model: nn.Module) -> Optional[int]:
+def num_classes(model: nn.Module) -> int | None:
     """Number of classes a model's head predicts, when it says so."""
     for name in ('bbox_head', 'decode_head', 'head'):
         number = getattr(getattr(model, name, None), 'num_classes', None)
@@ -142,7 +141,7 @@ def num_classes(model: nn.Module) -> Optional[int]:
     return None
 
 
-def dataset_classes(config: Config) -> Optional[Sequence[str]]:
+def dataset_classes(config: Config) -> Sequence[str] | None:
     """Class names of a config's training data set, without building it."""
     dataset = config.get('train_dataloader', {}).get('dataset') if config.get('train_dataloader') else None
     while isinstance(dataset, Mapping):

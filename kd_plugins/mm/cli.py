@@ -1,0 +1,222 @@
+"""What ``tools/train.py`` and ``tools/test.py`` do, for any MMEngine config."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import MODELS, RUNNERS
+from mmengine.runner import Runner
+
+import kd_plugins
+from kd_plugins.distiller import build_terms, untouched_rng
+from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
+from kd_plugins.mm.setup import DISTILL_KEYS, build_bank, check_options, find_in_registries
+
+RECIPE_KEYS = tuple(k for k in DISTILL_KEYS if k != 'teacher')
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help="config file, or 'mmdet::path/in/its/configs.py'")
+    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
+    parser.add_argument(
+        '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help="'pytorch' under torchrun"
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override entries of the config'
+    )
+    parser.add_argument('--seed', type=int, help='seed of every random generator')
+    # torch.distributed.launch passes it; torchrun sets the environment variable.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def _read_config(args: argparse.Namespace) -> Config:
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    config = load_config(args.config, 'config')
+    config.launcher = args.launcher
+    if args.cfg_options:
+        config.merge_from_dict(args.cfg_options)
+    if args.work_dir:
+        config.work_dir = args.work_dir
+    elif not config.get('work_dir'):
+        config.work_dir = os.path.join('work_dirs', Path(args.config.split('::')[-1]).stem)
+    if args.seed is not None:
+        config.randomness = {**(config.get('randomness') or {}), 'seed': args.seed}
+    return config
+
+
+def _runner(config: Config) -> Runner:
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Train any MMEngine config, plain or distilled.
+
+    Args:
+        argv: Command line; default ``sys.argv[1:]``.
+
+    Raises:
+        DistillError: Something does not fit; nothing was trained.
+    """
+    parser = _parser('Train any MMEngine config, with or without knowledge distillation.')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help='resume (default: the latest)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
+    kd = parser.add_argument_group('distillation', 'turn a plain config into a distilled one without editing it')
+    kd.add_argument('--kd', metavar='RECIPE', help='name in configs/kd, or a file that defines terms = dict(...)')
+    kd.add_argument('--teacher', metavar='CONFIG', help='config of the teacher')
+    kd.add_argument('--teacher-checkpoint', metavar='PTH', help='weights of the teacher')
+    args = parser.parse_args(argv)
+    config = _read_config(args)
+    if args.amp:
+        _use_amp(config)
+    if args.auto_scale_lr:
+        if 'enable' not in (config.get('auto_scale_lr') or {}):
+            raise DistillError(
+                '--auto-scale-lr needs auto_scale_lr=dict(enable=..., base_batch_size=...) in the config.'
+            )
+        config.auto_scale_lr.enable = True
+    if args.resume:
+        config.resume = True
+        config.load_from = None if args.resume == 'auto' else args.resume
+    given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
+    missing = [option for option, value in given.items() if not value]
+    if not missing:
+        add_distillation(config, args.kd, args.teacher, args.teacher_checkpoint)
+    elif len(missing) < len(given):
+        raise DistillError(f'--kd, --teacher and --teacher-checkpoint go together; {" and ".join(missing)} is missing.')
+    _runner(config).train()
+
+
+def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
+    """Evaluate a checkpoint with a config, plain or distilled; no teacher is built or needed.
+
+    Args:
+        argv: Command line; default ``sys.argv[1:]``.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        DistillError: The checkpoint is missing.
+    """
+    parser = _parser('Evaluate a checkpoint; a distilled config is evaluated as its plain student.')
+    parser.add_argument('checkpoint', help='checkpoint of the student')
+    parser.add_argument('--out', metavar='PKL', help='dump the predictions')
+    args = parser.parse_args(argv)
+    config = _read_config(args)
+    if not os.path.isfile(args.checkpoint):
+        folder = Path(args.checkpoint).parent
+        names = [p.as_posix() for p in folder.glob('*.pth')] if folder.is_dir() else []
+        raise DistillError(f'checkpoint {args.checkpoint!r} does not exist; {nearest(args.checkpoint, names)}')
+    config.load_from = args.checkpoint
+    remove_distillation(config)
+    runner = _runner(config)
+    if args.out:
+        if not args.out.endswith(('.pkl', '.pickle')):
+            raise DistillError(f'--out must end in .pkl, got {args.out!r}.')
+        from mmengine.evaluator import DumpResults
+
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    return runner.test()
+
+
+def _use_amp(config: Config) -> None:
+    wrapper = config.get('optim_wrapper')
+    if not isinstance(wrapper, Mapping):
+        raise DistillError('--amp needs an optim_wrapper in the config.')
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise DistillError(f'--amp can change an OptimWrapper only, this config uses {kind!r}.')
+    wrapper['type'] = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def find_recipe(name: str) -> str:
+    """The file of a recipe given by name or path.
+
+    Raises:
+        DistillError: There is none; the nearest ones are named.
+    """
+    if os.path.isfile(name):
+        return name
+    folders = [Path('configs/kd'), Path(kd_plugins.__file__).parents[1] / 'configs' / 'kd']
+    for folder in folders:
+        path = folder / f'{name}.py'
+        if path.is_file():
+            return str(path)
+    known = [p.stem for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
+    raise DistillError(f'--kd {name!r} is neither a recipe nor a file; {nearest(name, known)}')
+
+
+def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str) -> None:
+    """Turn a plain config into a distilled one, in the form its terms need.
+
+    Args:
+        config: Changed in place.
+        recipe: Name or file of a recipe: a config that defines ``terms`` and optionally ``start`` and ``stop``.
+        teacher: The teacher's config.
+        checkpoint: The teacher's weights.
+
+    Raises:
+        DistillError: The recipe is wrong, or the config already distils.
+    """
+    if config.model.get('distill') is not None or (config.get('default_hooks') or {}).get('distill') is not None:
+        raise DistillError(
+            '--kd is for plain configs; this config already distils (model.distill or default_hooks.distill).'
+        )
+    path = find_recipe(recipe)
+    options = {k: v for k, v in Config.fromfile(path).to_dict().items() if k != 'custom_imports'}
+    check_keys(options, RECIPE_KEYS, f'recipe {path!r}')
+    distill = dict(teacher=dict(config=teacher, checkpoint=checkpoint), **options)
+    check_options(distill)
+    hook = dict(type='kd_plugins.DistillHook')
+    if _needs_model_form(config, distill):
+        config.model = ConfigDict(
+            {**config.model, 'type': 'kd_plugins.Distilled', 'student_type': config.model.type, 'distill': distill}
+        )
+    else:
+        hook.update(distill)
+    config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
+    _import_ourselves(config)
+
+
+def _needs_model_form(config: Config, distill: Mapping[str, Any]) -> bool:
+    terms = build_terms(distill['terms'], find_in_registries).values()
+    if all(t.consumes != 'features' and not any(True for _ in t.loss.parameters()) for t in terms):
+        return False
+    with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
+        student = registry.build(without_pretrained(config.model))
+        bank = build_bank(student, distill)
+    return any(True for _ in bank.parameters())
+
+
+def _import_ourselves(config: Config) -> None:
+    imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+    names: list[str] = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
+    if 'kd_plugins.mm' not in names:
+        config.custom_imports = {**imports, 'imports': [*names, 'kd_plugins.mm']}
+
+
+def remove_distillation(config: Config) -> None:
+    """Turn a distilled config into the plain student's, in place."""
+    config.model = plain_model(config.model)
+    hooks = config.get('default_hooks')
+    if hooks and 'distill' in hooks:
+        config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
+
+
+def run(function: Callable[[], Any]) -> None:
+    """Run a command; a distillation that cannot run ends with one sentence instead of a traceback."""
+    try:
+        function()
+    except DistillError as error:
+        sys.exit(f'error: {error}')
