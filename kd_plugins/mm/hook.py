@@ -100,7 +100,7 @@ class DistillHook(Hook):
         unit, _, total = unit_of(runner)
         if self.distiller.start >= total:
             raise DistillError(
-                f'start={self.distiller.start} is not before the end of the run ({total} {unit}s): KD would never be on.'
+                f'start={self.distiller.start} is not before the end of the run ({total} {unit}s): KD would never run.'
             )
         runner.logger.info(
             summary(
@@ -197,7 +197,7 @@ class DistillHook(Hook):
             raise model.kd_error
         if own:
             raise DistillError(
-                f'The model is kd_plugins.Distilled and carries teacher and terms; take {", ".join(map(repr, own))} out '
+                f'The model is kd_plugins.Distilled with its own teacher and terms; take {", ".join(map(repr, own))} out '
                 "of default_hooks.distill (dict(type='kd_plugins.DistillHook') is enough)."
             )
         return dict(carried)
