@@ -27,8 +27,8 @@ SUPPORTED = ((3, 10), (3, 11), (3, 12))
 STATE = '.kd_install'  # inside the virtual environment: stamps, lock, log and scratch space
 HEARTBEAT = 15.0  # seconds between two signs of life of a long step
 # Disk (GB) that each part needs while it is not there yet, its build included; and what pip may keep of downloads.
-NEEDS_GB = {'torch': 6.0, 'onedl_mmcv': 1.5, 'onedl_mmdetection': 1.5}
-CACHE_GB = 3.5
+NEEDS_GB = {'torch': 5.0, 'onedl_mmcv': 1.0, 'onedl_mmdetection': 0.5}
+CACHE_GB = 3.0
 
 
 class Stop(Exception):
@@ -101,15 +101,14 @@ def check_compiler():
         raise Stop(f'{" ".join(command)} cannot build a C++17 program: install g++ 9 or newer, or set CXX=.')
 
 
-def check_disk(venv, need_gb):
-    """Compare free space with the need, added up per file system (environment with scratch space, pip's cache)."""
-    cache = os.environ.get('PIP_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'pip')
+def check_disk(needs_gb):
+    """Compare the free space with `needs_gb`, pairs of a path and GB, added up per file system."""
     needs = {}
-    for path, gigabytes in ((venv, need_gb), (Path(cache), CACHE_GB if need_gb > CACHE_GB else 0.0)):
+    for path, gigabytes in needs_gb:
         while not path.exists():
             path = path.parent
         device = path.stat().st_dev
-        first, total = needs.get(device, (path, 0))
+        first, total = needs.get(device, (path, 0.0))
         needs[device] = (first, total + gigabytes)
     for path, gigabytes in needs.values():
         free = shutil.disk_usage(str(path)).free / 1e9
@@ -212,7 +211,8 @@ class Installer:
 
     def _require(self, module):
         if not self._runs('-c', f'import {module}'):
-            raise Stop(f'{module} was installed but cannot be imported: {last_line(self.log, ".")} (log: {self.log})')
+            error = tail(self.log).strip().splitlines()[-1]
+            raise Stop(f'{module} was installed but cannot be imported: {error} (log: {self.log})')
 
     def _pip(self, *arguments, **variables):
         self._call(self.python, '-m', 'pip', 'install', '--progress-bar', 'off', '-c', 'constraints.txt', *arguments,
@@ -239,7 +239,7 @@ class Installer:
                 time.sleep(0.1)
                 if time.monotonic() - beat >= HEARTBEAT:
                     beat = time.monotonic()
-                    print(f'      {clock(beat - start)}  {last_line(self.log)}', flush=True)
+                    print(f'      {clock(beat - start)}  {progress(self.log)}', flush=True)
         finally:
             if process.poll() is None:  # interrupted: pip and its compilers too
                 with contextlib.suppress(ProcessLookupError):
@@ -311,7 +311,9 @@ class Installer:
         missing = [name for name in NEEDS_GB if not self.has(name)]
         if 'onedl_mmcv' in missing:
             check_compiler()
-        check_disk(self.venv, sum(NEEDS_GB[name] for name in missing))
+        cache = Path(os.environ.get('PIP_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pip'))
+        needs = [(self.venv, sum(NEEDS_GB[name] for name in missing))]
+        check_disk([*needs, (cache.expanduser(), CACHE_GB)] if 'torch' in missing else needs)
 
     def run(self):
         version, running = self.version(), '%d.%d' % sys.version_info[:2]
@@ -351,14 +353,23 @@ def clock(seconds):
     return '%d:%02d' % divmod(int(seconds), 60)
 
 
-def last_line(log, pattern=r'\[\d+/\d+\]|Collecting|Downloading|Building|Installing|Attempting|Successfully'):
-    """Newest line at the end of `log` that starts with `pattern`, cut to a screen line."""
+def tail(log):
+    """The end of `log` as text."""
     with log.open('rb') as file:
         file.seek(max(0, log.stat().st_size - 65536))
-        lines = file.read().decode(errors='replace').splitlines()
-    for line in reversed(lines):
-        if re.match(pattern, line.strip()):
-            return line.strip()[:90]
+        return file.read().decode(errors='replace')
+
+
+PROGRESS = re.compile(r'\[(\d+)/(\d+)\] |((?:Collecting|Downloading|Building|Installing|Successfully) .*)')
+
+
+def progress(log):
+    """What pip or the compiler did last, in at most 90 characters."""
+    for line in reversed(tail(log).splitlines()):
+        found = PROGRESS.match(line.strip())
+        if found:
+            done, files, words = found.groups()
+            return words[:90] if words else f'{done} of {files} files compiled'
     return 'working'
 
 
@@ -376,9 +387,7 @@ REASONS = (
 
 def reason(log):
     """Name the cause of a failed command in one clause, from what it wrote last."""
-    with log.open('rb') as file:
-        file.seek(max(0, log.stat().st_size - 65536))
-        text = file.read().decode(errors='replace').rpartition('\n$ ')[2]
+    text = tail(log).rpartition('\n$ ')[2]
     for pattern, sentence in REASONS:
         found = re.search(pattern, text)
         if found:

@@ -1,0 +1,109 @@
+"""What users rely on when they install: metadata, a light import, and a base install that changes nothing of theirs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMEWORKS = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'ultralytics', 'timm', 'cv2')
+
+
+@pytest.fixture(scope='module')
+def requirements():
+    """Requirement names by extra ('' is the base install), as pip sees them in the built metadata."""
+    names = {}
+    for line in metadata.requires('kd-plugins'):
+        name = re.match(r'[\w.-]+', line).group().lower()
+        extra = re.search(r'extra == [\'"](\w+)', line)
+        names.setdefault(extra.group(1) if extra else '', set()).add(name)
+    return names
+
+
+def python(*arguments, **environment):
+    """Output of a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_base_install_requires_no_framework(requirements):
+    assert requirements[''] == {'torch', 'numpy'}
+
+
+def test_base_install_never_lowers_torch():
+    (torch,) = (line for line in metadata.requires('kd-plugins') if re.match(r'torch\b', line) and 'extra' not in line)
+    assert '<' not in torch and '==' not in torch
+
+
+def test_extras(requirements):
+    assert requirements['mm'] >= {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
+    assert requirements['yolo'] == {'ultralytics'}
+    assert requirements['timm'] == {'timm'}
+    assert requirements['dev'] >= {'pytest', 'ruff'}
+    assert {'mm', 'yolo', 'timm', 'demo', 'dev', 'all'} == set(
+        metadata.metadata('kd-plugins').get_all('Provides-Extra')
+    )
+
+
+def test_metadata():
+    about = metadata.metadata('kd-plugins')
+    assert about['License'] == 'Apache-2.0'
+    assert set(about['Requires-Python'].split(',')) == {'>=3.10', '<3.13'}
+    assert 'Version 2.0, January 2004' in (ROOT / 'LICENSE').read_text()
+
+
+def test_base_install_changes_no_framework(tmp_path):
+    """pip itself, offline and as a dry run in this environment: only kd-plugins would be installed."""
+    report = tmp_path / 'report.json'
+    python(
+        '-m',
+        'pip',
+        'install',
+        '--dry-run',
+        '--no-build-isolation',
+        '--report',
+        str(report),
+        '-e',
+        '.',
+        PIP_NO_INDEX='1',
+    )
+    assert [item['metadata']['name'] for item in json.loads(report.read_text())['install']] == ['kd-plugins']
+
+
+def test_import_loads_no_framework():
+    loaded = python('-c', 'import sys, kd_plugins; print(*sys.modules)').split()
+    assert 'kd_plugins' in loaded
+    assert not {name.partition('.')[0] for name in loaded} & set(FRAMEWORKS)
+
+
+def test_version_is_the_packages():
+    import kd_plugins
+
+    assert metadata.version('kd-plugins') == kd_plugins.__version__
+
+
+def test_constraints_fit_the_extras():
+    """Every pinned version is one that the metadata allows, so `make` and `pip install .[all]` agree."""
+    from packaging.requirements import Requirement
+
+    pins = {}
+    for line in (ROOT / 'constraints.txt').read_text().splitlines():
+        if '==' in line and not line.startswith('#'):
+            pin = Requirement(line)
+            pins[pin.name] = next(iter(pin.specifier)).version
+    wanted = [Requirement(line) for line in metadata.requires('kd-plugins')]
+    checked = {need.name for need in wanted if need.name in pins and need.specifier.contains(pins[need.name])}
+    assert checked == {need.name for need in wanted if need.name in pins}
+    assert checked >= {'torch', 'numpy', 'onedl-mmcv', 'onedl-mmdetection', 'ultralytics', 'timm'}
+
+
+def test_tests_cannot_install_behind_our_back():
+    assert os.environ['PIP_NO_INDEX'] == '1'
