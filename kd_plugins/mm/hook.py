@@ -197,7 +197,7 @@ class DistillHook(Hook):
             raise model.kd_error
         if own:
             raise DistillError(
-                f'The model is kd_plugins.Distilled with its own teacher and terms; take {", ".join(map(repr, own))} out '
+                f'The model is kd_plugins.Distilled with own teacher and terms; take {", ".join(map(repr, own))} out '
                 "of default_hooks.distill (dict(type='kd_plugins.DistillHook') is enough)."
             )
         return dict(carried)
