@@ -142,6 +142,10 @@ class Distiller:
         self._resolve = resolve
         self._free: dict[str, nn.ModuleList] = {}
         self.position = Position()
+        for term in terms.values():
+            held = self.bank._modules.get(term.name)
+            if held is not None and 'loss' in held:
+                term.loss = held['loss']
 
     @property
     def student_modules(self) -> list[str]:
@@ -209,13 +213,15 @@ class Distiller:
         where = f'term {term.name!r}'
         try:
             if self._reads_predictions(term, student, teacher):
+                if build and not self._has_parts(term):
+                    self._keep(term, nn.ModuleList())
                 s, t = self._predictions(term, student, teacher, _Shared())
                 value = self._call_loss(term, s, t)
                 shapes = _describe(s), _describe(t)
                 adapter = 'none'
             else:
                 pairs = self._pairs(term, student, teacher)
-                if build and term.name not in self._free and term.name not in self.bank._modules:
+                if build and not self._has_parts(term):
                     self._build_adapters(term, pairs)
                 value = self._tensor_loss(term, pairs)
                 shapes = _shapes([p[0] for p in pairs]), _shapes([p[1] for p in pairs])
@@ -257,17 +263,23 @@ class Distiller:
             else:
                 adapter = term.adapter
             built.append(_Identity() if adapter is None else adapter)
-        modules = nn.ModuleList(built)
-        if any(True for _ in term.loss.parameters()):
-            modules.add_module('loss', term.loss)
-        if any(True for _ in modules.parameters()):
-            self.bank.add_module(term.name, modules)
+        self._keep(term, nn.ModuleList(built))
+
+    def _keep(self, term: Term, adapters: nn.ModuleList) -> None:
+        parts = nn.ModuleDict({'adapters': adapters})
+        if _trainable(term.loss):
+            parts['loss'] = term.loss
+        if _trainable(parts):
+            self.bank.add_module(term.name, parts)
         else:
-            self._free[term.name] = modules
+            self._free[term.name] = parts
+
+    def _has_parts(self, term: Term) -> bool:
+        return term.name in self._free or term.name in self.bank._modules
 
     def _adapters(self, term: Term) -> nn.ModuleList:
-        held = self.bank._modules.get(term.name)
-        return held if held is not None else self._free.get(term.name, _NONE)
+        parts = self.bank._modules.get(term.name) or self._free.get(term.name)
+        return parts['adapters'] if parts is not None else _NONE
 
     def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> str:
         words = [
@@ -371,6 +383,9 @@ class Distiller:
         with torch.autocast(student.cls.device.type, enabled=False):
             if term.consumes == 'predictions':
                 return term.loss(student, teacher)
+            # A loss on logits may know what to make of a whole head (its objectness, for one).
+            if hasattr(term.loss, 'from_predictions'):
+                return term.loss.from_predictions(student, teacher)
             return term.loss(student.class_logits(), teacher.class_logits())
 
     def _pairs(self, term: Term, student: Capture, teacher: Capture) -> list[tuple[Tensor, Tensor]]:
@@ -405,6 +420,10 @@ class _Identity(nn.Module):
 
 
 _NONE = nn.ModuleList()
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _readable(module: nn.Module) -> bool:

@@ -100,7 +100,7 @@ def yolo_logit(
             # Before confidence() multiplies: in float16 the product of two small probabilities is 0.
             weight = teacher.float().confidence()
         terms = []
-        if obj_weight and student.obj is not None and teacher.obj is not None:
+        if obj_weight and _same_objectness(student, teacher):
             terms.append(obj_weight * l2(student.obj, teacher.obj, what='Objectness logits'))
         if box_weight:
             boxes = _comparable_boxes(student, teacher)
@@ -140,6 +140,12 @@ def _comparable_classes(student: DensePredictions, teacher: DensePredictions) ->
     # In full precision before probabilities are inverted: 1 - 1e-6 is 1 in half precision, and its logit infinite.
     student, teacher = (p.replace(cls=as_full(p.cls)) for p in (student, teacher))
     return student.class_logits(), teacher.class_logits()
+
+
+def _same_objectness(student: DensePredictions, teacher: DensePredictions) -> bool:
+    # Centerness is arbitrary on the background, objectness is not: they cannot be compared with each other.
+    both = student.obj is not None and teacher.obj is not None
+    return both and student.obj_coding == teacher.obj_coding
 
 
 def _check(obj_weight: float, box_weight: float, cls_weight: float, scale: float, foreground: bool | str) -> None:

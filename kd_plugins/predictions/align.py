@@ -29,7 +29,8 @@ def align(
        they were. Its bins (``dist``) and raw ``box`` cannot be moved: they are kept only where points are the
        same, otherwise None (the reason is in ``absent``).
     4. Classes: ``classes`` selects and orders both; of a softmax head the others join the background.
-    5. Activation: if the two differ, both become binary logits (``'sigmoid'``), exactly where float32 allows.
+    5. Objectness: if only one has it (a centerness is none), it is multiplied into that head's classes.
+    6. Activation: if the two differ, both become binary logits (``'sigmoid'``), exactly where float32 allows.
 
     Args:
         student: Predictions of the student; gradients flow through what is returned.
@@ -50,6 +51,10 @@ def align(
     student, teacher = _common_levels(student, teacher)
     teacher = _to_positions(teacher, student)
     student, teacher = _common_classes(student, teacher, classes)
+    if _has_objectness(student) != _has_objectness(teacher):
+        # Of a head with objectness, the classes alone are conditional ("if there is an object") and arbitrary on the
+        # background; those of a head without it are the detection scores themselves.
+        student, teacher = (p.fold_objectness() if _has_objectness(p) else p for p in (student, teacher))
     if student.activation != teacher.activation:
         student = student.replace(cls=student.binary_logits(), activation='sigmoid')
         teacher = teacher.replace(cls=teacher.binary_logits(), activation='sigmoid')
@@ -213,6 +218,10 @@ def _common_classes(
             f'correspond, by class names in both configs or classes=[...] in teacher.'
         )
     return student, teacher
+
+
+def _has_objectness(predictions: DensePredictions) -> bool:
+    return predictions.obj is not None and predictions.obj_coding == 'objectness'
 
 
 def _match(student_names: Sequence[str], teacher_names: Sequence[str]) -> dict[int, int]:

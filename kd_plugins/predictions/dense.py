@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from kd_plugins.errors import DistillError
 
@@ -161,6 +162,21 @@ class DensePredictions:
             log_p = self.cls.log_softmax(-1)[..., :-1].clamp(max=-_FLOOR)
             return log_p - (-log_p.expm1()).log()
         return self.class_logits()
+
+    def fold_objectness(self) -> DensePredictions:
+        """The same scores without ``obj``: logits of class probability times objectness, as a head without it has.
+
+        Computed from log-probabilities, so that small and large scores keep their precision.
+        """
+        if self.obj is None:
+            return self
+        cls, obj = self.binary_logits(), self.obj
+        log_p = logsigmoid(cls) + logsigmoid(obj)
+        log_not_p = torch.logaddexp(logsigmoid(-cls), logsigmoid(cls) + logsigmoid(-obj))
+        reason = 'the other head has no objectness, so it was multiplied into the classes'
+        return self.replace(
+            cls=log_p - log_not_p, activation='sigmoid', obj=None, absent={**self.absent, 'obj': reason}
+        )
 
     def confidence(self) -> Tensor:
         """``(B, A)`` highest class probability, times objectness where the head has one."""

@@ -186,3 +186,29 @@ def test_names_that_contradict():
         match_classes(['a', 'b'], ['a', 'b'], teacher_count=3)
     with pytest.raises(DistillError, match="two classes named 'a'"):
         match_classes(['a', 'a'], ['a', 'b'])
+
+
+def test_objectness_of_one_side_is_multiplied_into_its_classes():
+    student, teacher = make(seed=1), make(seed=2).replace(obj=None)
+    s, t = align(student, teacher)
+    assert s.obj is None and t is not None
+    torch.testing.assert_close(s.cls.sigmoid(), student.cls.sigmoid() * student.obj.sigmoid())
+    torch.testing.assert_close(s.confidence(), student.confidence())
+    with pytest.raises(DistillError, match='no objectness'):
+        s.require('obj')
+
+
+def test_folded_objectness_is_finite_with_gradients_at_extreme_scores():
+    student = make(seed=1)
+    cls = torch.full_like(student.cls, 200.0).requires_grad_()
+    for sign in (1, -1):
+        folded = student.replace(cls=sign * cls, obj=torch.full_like(student.obj, -sign * 200.0)).fold_objectness()
+        (grad,) = torch.autograd.grad(folded.cls.sum(), cls)
+        assert torch.isfinite(folded.cls).all() and torch.isfinite(grad).all()
+
+
+def test_centerness_is_not_objectness():
+    student, teacher = make(seed=1), make(seed=2).replace(obj_coding='centerness')
+    s, t = align(student, teacher)
+    assert s.obj is None and t.obj is not None
+    torch.testing.assert_close(t.cls, teacher.cls)
