@@ -108,7 +108,7 @@ class BinaryKLDivLoss(nn.Module):
             teacher: Predictions of the teacher at the same positions.
         """
         # In full precision first: a probability of 1 - 1e-6 is 1 in half precision, and its logit infinite.
-        student, teacher = student.float(), teacher.detach().float()
+        student, teacher = student.float(), teacher.float()
         with full_precision(student.cls):
             weight = teacher.confidence() if self.foreground else None
             return self(student.binary_logits(), teacher.binary_logits(), weight)

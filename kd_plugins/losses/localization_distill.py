@@ -90,7 +90,7 @@ class LocalizationDistillLoss(nn.Module):
         if self.foreground:
             with full_precision(teacher.cls):
                 # Before confidence() multiplies: in float16 the product of two small probabilities is 0.
-                weight = teacher.detach().float().confidence()
+                weight = teacher.float().confidence()
         return localization_distill(student.dist, teacher.dist, weight, temperature=self.temperature)
 
     def extra_repr(self) -> str:

@@ -93,7 +93,6 @@ def yolo_logit(
             hyper-parameter is out of range.
     """
     _check(obj_weight, box_weight, cls_weight, scale, foreground)
-    teacher = teacher.detach()
     with full_precision(student.cls):
         weight = None
         if foreground and (box_weight or cls_weight):
