@@ -158,9 +158,8 @@ def _put_in_place(partial: Path, root: Path, settings: dict, force: bool) -> Non
         partial.rename(root)
         return
     old = root.with_name(f'.{root.name}.{uuid.uuid4().hex[:8]}.partial')
-    if any(root.iterdir()):
-        (root / _UNFINISHED).touch()  # lets a later call clean up, should this process be killed now
     root.rename(old)
+    (old / _UNFINISHED).touch()  # lets a later call clean up, should this process be killed now
     partial.rename(root)
     shutil.rmtree(old, ignore_errors=True)
 

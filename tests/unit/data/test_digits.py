@@ -150,7 +150,7 @@ def test_pycocotools_reads_boxes_and_masks(root, capsys):
     assert evaluation.stats[0] == pytest.approx(1.0)
 
 
-def test_ultralytics_yaml_resolves_from_any_folder(root, monkeypatch, tmp_path):
+def test_ultralytics_yaml_is_relative_to_itself(root):
     yaml = pytest.importorskip('yaml')
     data = yaml.safe_load((root / 'digits.yaml').read_text())
     assert 'path' not in data  # absolute paths break on another machine, relative ones in another working folder
@@ -159,6 +159,16 @@ def test_ultralytics_yaml_resolves_from_any_folder(root, monkeypatch, tmp_path):
     assert not (root / 'masks').exists()  # would switch Ultralytics to semantic segmentation
     for path in (root / 'images').rglob('*.png'):
         assert Path(str(path).replace('/images/', '/labels/')).with_suffix('.txt').is_file()
+
+
+def test_ultralytics_finds_the_images_from_any_folder(root, monkeypatch):
+    utils = pytest.importorskip('ultralytics.data.utils')
+    monkeypatch.setattr(utils, 'check_font', lambda *_: None)  # would download a font
+    for folder, yaml in ((root, 'digits.yaml'), (root.parent, 'digits/digits.yaml'), ('/', root / 'digits.yaml')):
+        monkeypatch.chdir(folder)
+        data = utils.check_det_dataset(str(yaml), autodownload=False)
+        assert Path(data['train']) == root / 'images/train' and Path(data['val']) == root / 'images/val'
+        assert data['nc'] == 10 and not data.get('masks_dir')
 
 
 # --------------------------------------------------------------------------------------------------- scenes
