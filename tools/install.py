@@ -139,7 +139,7 @@ class Installer:
         self.log = self.state / 'install.log'
         self.lock = None
         # title, what to do, files it depends on besides constraints.txt and this one
-        project = [ROOT / 'setup.cfg', ROOT / 'pyproject.toml', ROOT / 'kd_plugins' / '__init__.py']
+        project = [ROOT / 'setup.cfg', ROOT / 'kd_plugins' / '__init__.py']
         self.steps = (
             ('virtual environment', self.make_venv, []),
             ('build tools', self.install_build_tools, []),

@@ -32,7 +32,7 @@ def project(install, tmp_path, monkeypatch):
     """A copy of the files that the stamps depend on."""
     root = tmp_path / 'project'
     (root / 'kd_plugins').mkdir(parents=True)
-    for name in ('constraints.txt', 'setup.cfg', 'pyproject.toml', 'kd_plugins/__init__.py'):
+    for name in ('constraints.txt', 'setup.cfg', 'kd_plugins/__init__.py'):
         (root / name).write_text(name)
     monkeypatch.setattr(install, 'ROOT', root)
     return root
