@@ -175,6 +175,7 @@ class Distiller:
         samples: Any,
         run_student: Callable[[nn.Module, Tensor, Any, Sequence[str]], None],
         build_adapters: bool = True,
+        check_values: bool = True,
     ) -> list[Row]:
         """Run both models once without gradients, build what adapters are needed and check that every term fits.
 
@@ -185,6 +186,7 @@ class Distiller:
             samples: Data samples for it, or None.
             run_student: ``run_student(model, inputs, samples, modules)`` computes what the tapped modules need.
             build_adapters: False to only check with the adapters that are there.
+            check_values: False to accept any value from the teacher, whose weights may be random.
 
         Returns:
             One row per term for the summary table.
@@ -207,7 +209,11 @@ class Distiller:
                 module.training = training
         with torch.no_grad():
             taught = self._run_teacher(inputs, samples, list(self.terms.values()))
-            return [self._check_term(term, capture, taught, build_adapters) for term in self.terms.values()]
+            rows = [self._check_term(term, capture, taught, build_adapters) for term in self.terms.values()]
+            if check_values:
+                for term in self.terms.values():
+                    self._refuse_nan(term, capture, taught)
+        return rows
 
     def _check_term(self, term: Term, student: Capture, teacher: Capture, build: bool) -> Row:
         where = f'term {term.name!r}'
@@ -230,7 +236,6 @@ class Distiller:
             raise DistillError(f'{where}: {error}') from error
         if value.dim() != 0:
             raise DistillError(f'{where}: {type(term.loss).__name__} must return a scalar, got {tuple(value.shape)}.')
-        self._refuse_nan(term, teacher)
         return Row(
             name=term.name,
             loss=type(term.loss).__name__,
@@ -243,8 +248,13 @@ class Distiller:
             weight=str(term.weight),
         )
 
-    def _refuse_nan(self, term: Term, teacher: Capture) -> None:
-        for tensor in teacher.maps(term.teacher):
+    def _refuse_nan(self, term: Term, student: Capture, teacher: Capture) -> None:
+        tensors = teacher.maps(term.teacher)
+        if self._reads_predictions(term, student, teacher):
+            # Large raw outputs are finite, but the boxes decoded from them may not be.
+            _, decoded = self._predictions(term, student, teacher, _Shared())
+            tensors = [*tensors, *(t for t in (decoded.cls, decoded.obj, decoded.ltrb) if t is not None)]
+        for tensor in tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise DistillError(
                     f'term {term.name!r}: the teacher returns NaN or infinite values at {str(term.teacher)!r}; '

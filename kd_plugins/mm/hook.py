@@ -71,6 +71,7 @@ class DistillHook(Hook):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._model: nn.Module | None = None
+        self._checked = False
 
     def __deepcopy__(self, memo: dict) -> DistillHook:
         # A copy of the model made during training copies its forward hooks, and with them this object's references.
@@ -145,7 +146,7 @@ class DistillHook(Hook):
     # ------------------------------------------------------------------ around the student's forward
     def _attach(self, model: nn.Module) -> None:
         self.detach()
-        self._model = model
+        self._model, self._checked = model, False
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -183,6 +184,9 @@ class DistillHook(Hook):
         clash = sorted(set(output) & set(kd))
         if clash:
             raise DistillError(f'{type(model).__name__} already logs {clash[0]!r}; rename the term.')
+        if not self._checked and self.distiller.active:
+            self._checked = True
+            _refuse_nan(output, kd)
         # No "loss" in its name: logged, not optimised.
         ratio = _total(kd) / _total(output).clamp(min=torch.finfo(torch.float32).tiny)
         return {**output, **kd, 'kd_ratio': ratio}
@@ -220,6 +224,16 @@ class DistillHook(Hook):
                 f"The student starts from the teacher's own checkpoint {str(teacher)!r} (load_from): they would be "
                 'equal and nothing would be learned; give another load_from or another teacher.checkpoint.'
             )
+
+
+def _refuse_nan(task: Mapping[str, Any], kd: Mapping[str, Tensor]) -> None:
+    """In the first distilled iteration only (it synchronises): real images can overflow what noise did not."""
+    wrong = [k for k, v in kd.items() if not torch.isfinite(v)]
+    if wrong and torch.isfinite(_total(task)):
+        raise DistillError(
+            f"{wrong[0]} is {kd[wrong[0]].item()} in its first iteration, while the student's own loss is finite: the "
+            "teacher's outputs overflow on these images; check its checkpoint, normalisation and precision."
+        )
 
 
 def _mode(args: tuple, kwargs: Mapping[str, Any]) -> str:

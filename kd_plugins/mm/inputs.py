@@ -74,6 +74,13 @@ class TeacherInputs:
         return result
 
 
+def normalize(pixels: Tensor, preprocessor: nn.Module | None) -> Tensor:
+    """Pixels (0 to 255, in the network's channel order) as a data preprocessor would hand them to the network."""
+    statistics = _Normalization(preprocessor)
+    mean, std = (v.to(pixels).view(1, -1, 1, 1) for v in (statistics.mean, statistics.std))
+    return (pixels - mean) / std
+
+
 class _Normalization:
     """Mean, std, channel flip and pad value of a data preprocessor, as float64 tensors."""
 

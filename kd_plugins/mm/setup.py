@@ -14,7 +14,7 @@ from kd_plugins.distiller import AdapterBank, Distiller, Teacher, build_terms, u
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.forward import run_modules
-from kd_plugins.mm.inputs import TeacherInputs
+from kd_plugins.mm.inputs import TeacherInputs, normalize
 from kd_plugins.mm.teacher import build_architecture, config_name
 
 DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop')
@@ -68,16 +68,21 @@ def build_distiller(
     )
 
 
-def dry_run(distiller: Distiller) -> list[Row]:
-    """Run student and teacher once on a blank image and check every term; nothing changes.
+def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
+    """Run student and teacher once on an image of noise and check every term; nothing changes.
+
+    Args:
+        distiller: The engine.
+        check_values: False where the teacher's weights are random, so that NaN or infinity means nothing.
 
     Raises:
-        DistillError: A tap does not run or shapes do not fit.
+        DistillError: A tap does not run, shapes do not fit, or the teacher returns NaN.
     """
     first = next(distiller.student.parameters())
     with untouched_rng():
-        image = torch.rand(1, 3, DRY_RUN_SIZE, DRY_RUN_SIZE, device=first.device, dtype=first.dtype)
-        return distiller.dry_run(image, None, run_modules)
+        pixels = torch.rand(1, 3, DRY_RUN_SIZE, DRY_RUN_SIZE, device=first.device) * 255
+        image = normalize(pixels, getattr(distiller.student, 'data_preprocessor', None)).to(first.dtype)
+        return distiller.dry_run(image, None, run_modules, check_values=check_values)
 
 
 def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
@@ -94,7 +99,7 @@ def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
     teacher = Teacher(model, run_modules, inputs, name=config_name(distill['teacher']))
     with untouched_rng():
         distiller = build_distiller(student, teacher, distill)
-        dry_run(distiller)
+        dry_run(distiller, check_values=False)
     return distiller.bank
 
 

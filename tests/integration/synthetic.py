@@ -100,19 +100,17 @@ def short_run(config, work_dir, loader, epochs=1):
     return config
 
 
-def yolox(num_classes, width=0.125, **model):
+def yolox(num_classes, width=0.125):
     """A YOLOX of 0.1 M parameters, as a config without data."""
     config = Config.fromfile(_mmdet('yolox/yolox_tiny_8xb8-300e_coco.py'))
     channels = [int(256 * width), int(512 * width), int(1024 * width)]
-    config.model.merge_from_dict(
-        dict(
-            data_preprocessor=dict(batch_augments=None),
-            backbone=dict(widen_factor=width),
-            neck=dict(in_channels=channels, out_channels=channels[0], num_csp_blocks=1),
-            bbox_head=dict(num_classes=num_classes, in_channels=channels[0], feat_channels=channels[0]),
-            **model,
-        )
-    )
+    # It needs the data set of the mosaic pipeline, which is not used here.
+    config.custom_hooks = [h for h in config.custom_hooks if h.type != 'YOLOXModeSwitchHook']
+    model = config.model
+    model.data_preprocessor.batch_augments = None
+    model.backbone.widen_factor = width
+    model.neck.update(in_channels=channels, out_channels=channels[0], num_csp_blocks=1)
+    model.bbox_head.update(num_classes=num_classes, in_channels=channels[0], feat_channels=channels[0])
     return config
 
 
@@ -153,9 +151,11 @@ def save_teacher(config, folder, classes=None, name='teacher', edit=None):
 
 
 def build(config):
-    """The model of a config with random weights."""
+    """The model of a config with the random weights it would start from (without them, outputs can overflow)."""
     with MODELS.switch_scope_and_registry(config.get('default_scope', 'mmdet')) as registry:
-        return registry.build(without_pretrained(plain_model(config.model)))
+        model = registry.build(without_pretrained(plain_model(config.model)))
+    model.init_weights()
+    return model
 
 
 class Watch(Hook):
