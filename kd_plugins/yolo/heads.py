@@ -1,0 +1,179 @@
+"""Ultralytics' dense heads, read into :class:`~kd_plugins.predictions.DensePredictions`.
+
+Registered by name, so importing this module imports no framework. In training a head returns ``{boxes (B, 4R, A),
+scores (B, nc, A), feats, ...}``; end-to-end heads (YOLOv10, YOLO26) nest two of these under ``one2many`` and
+``one2one``; in evaluation the same dict is the last element of a tuple. Tested against each head's own decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError
+from kd_plugins.predictions import DensePredictions, find_reader, register_reader
+
+BRANCHES = ('one2many', 'one2one')
+
+#: What ``box`` of an oriented head means; two of them are comparable, with ``ltrb`` of an upright head they are not.
+ROTATED = 'distances to the sides of the box, along its own rotated axes, in strides'
+
+SUPPORTED = (
+    'detect, segment, pose and obb models (YOLOv5u, v8, v9, v10, 11, 12 and 26, with any pyramid levels) and classify '
+    'models'
+)
+
+
+def raw_predictions(outputs: Any) -> Mapping[str, Any]:
+    """The dict of raw predictions in what a head (or model) returned in training or evaluation.
+
+    Raises:
+        DistillError: There is none.
+    """
+    found = outputs
+    while isinstance(found, (tuple, list)) and len(found):
+        found = found[-1]
+    if not isinstance(found, Mapping) or not (set(BRANCHES) & set(found) or {'boxes', 'scores', 'feats'} <= set(found)):
+        keys = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+        raise DistillError(
+            f'The head returned {keys} where {{boxes, scores, feats}} was expected; this version of Ultralytics is '
+            'not understood: install ultralytics>=8.4.140,<8.5.'
+        )
+    return found
+
+
+def select_branch(outputs: Any, branch: str = 'one2many') -> Mapping[str, Any]:
+    """One branch of the raw predictions: that of the given name, or the only one that is there.
+
+    A head that is not end-to-end has one branch without a name; a fused end-to-end model has lost one of the two.
+
+    Args:
+        outputs: What the head returned.
+        branch: ``'one2many'`` or ``'one2one'``.
+    """
+    found = raw_predictions(outputs)
+    if 'boxes' in found:
+        return found
+    for name in (branch, *BRANCHES):
+        if found.get(name):
+            return found[name]
+    raise DistillError('The head returned empty predictions in both of its branches; the model file is incomplete.')
+
+
+@register_reader('ultralytics.Detect')
+@register_reader('ultralytics.v10Detect')
+@register_reader('ultralytics.Segment')
+@register_reader('ultralytics.Segment26')
+@register_reader('ultralytics.Pose')
+@register_reader('ultralytics.Pose26')
+def read_detect(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
+    """Class logits, distance bins (when there are more than one) and distances; the one-to-many branch if there are
+    two."""
+    return _read(head, outputs, rotated=False)
+
+
+@register_reader('ultralytics.OBB')
+@register_reader('ultralytics.OBB26')
+def read_obb(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
+    """As `read_detect`, but distances count along the axes of the rotated box: they are ``box``, not ``ltrb``."""
+    return _read(head, outputs, rotated=True)
+
+
+def _read(head: nn.Module, outputs: Any, rotated: bool) -> DensePredictions:
+    raw = select_branch(outputs)
+    boxes, scores = _full(raw['boxes']), _full(raw['scores'])
+    sizes = [tuple(f.shape[-2:]) for f in raw['feats']]
+    strides = [float(s) for s in head.stride]
+    bins = head.reg_max
+    if boxes.shape[1] != 4 * bins or scores.shape[1] != head.nc or len(strides) != len(sizes):
+        raise DistillError(
+            f'{type(head).__name__} returned boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)} on '
+            f'{len(sizes)} levels, which does not fit reg_max={bins}, nc={head.nc} and {len(strides)} strides.'
+        )
+    boxes, scores = boxes.transpose(1, 2), scores.transpose(1, 2)
+    order = sorted(range(len(strides)), key=strides.__getitem__)
+    if order != list(range(len(strides))):
+        lengths = [h * w for h, w in sizes]
+        boxes, scores = (torch.cat([t.split(lengths, 1)[i] for i in order], 1) for t in (boxes, scores))
+    sizes, strides = [sizes[i] for i in order], [strides[i] for i in order]
+    dist = boxes.unflatten(2, (4, bins)) if bins > 1 else None
+    ltrb = boxes if dist is None else expected_distance(dist)
+    absent = {'obj': 'Ultralytics heads have no objectness'}
+    if dist is None:
+        absent['dist'] = f'{type(head).__name__} regresses distances without bins (reg_max=1)'
+    if rotated:
+        absent['ltrb'] = 'its boxes are rotated'
+    return DensePredictions(
+        cls=scores,
+        activation='sigmoid',
+        level_sizes=tuple(sizes),
+        strides=tuple(strides),
+        points=grid_points(sizes, strides, boxes),
+        ltrb=None if rotated else ltrb,
+        dist=dist,
+        box=ltrb if rotated else None,
+        box_coding=ROTATED if rotated else None,
+        absent=absent,
+    )
+
+
+def expected_distance(dist: Tensor) -> Tensor:
+    """``(..., R)`` bin logits to their expected distance in strides."""
+    bins = torch.arange(dist.shape[-1], device=dist.device, dtype=dist.dtype)
+    # Multiply and add, not matmul: autocast would compute that in half precision.
+    return (dist.softmax(-1) * bins).sum(-1)
+
+
+def grid_points(sizes: Sequence[tuple[int, int]], strides: Sequence[float], like: Tensor) -> Tensor:
+    """``(A, 2)`` centres of the cells ``(x, y)`` in pixels, level by level, row by row."""
+    levels = []
+    for (h, w), stride in zip(sizes, strides, strict=True):
+        x = (torch.arange(w, device=like.device, dtype=like.dtype) + 0.5) * stride
+        y = (torch.arange(h, device=like.device, dtype=like.dtype) + 0.5) * stride
+        grid = torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], -1)
+        levels.append(grid.reshape(-1, 2))
+    return torch.cat(levels)
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The last layer of an Ultralytics model."""
+    layers = getattr(model, 'model', None)
+    if not isinstance(layers, nn.Module) or not len(list(layers.children())):
+        raise DistillError(f'{type(model).__name__} is not an Ultralytics model; supported are {SUPPORTED}.')
+    return list(layers.children())[-1]
+
+
+def family_of(model: nn.Module, who: str) -> str:
+    """``'dense'`` or ``'classify'``: how a model is distilled.
+
+    Args:
+        model: The unwrapped model.
+        who: ``'student'`` or ``'teacher'``, for the message.
+
+    Raises:
+        DistillError: Its head cannot be distilled; the message says which can.
+    """
+    head = head_of(model)
+    # By name along the inheritance: nothing of Ultralytics is imported here.
+    if type(head).__name__ == 'Classify':
+        return 'classify'
+    try:
+        find_reader(head)
+    except DistillError as error:
+        raise DistillError(
+            f'The {who} has the head {type(head).__name__}, which cannot be distilled; supported are {SUPPORTED}, not '
+            'RT-DETR, YOLO-World / YOLOE, semantic segmentation or depth.'
+        ) from error
+    return 'dense'
+
+
+def is_rotated(predictions: DensePredictions) -> bool:
+    """Whether these come from an oriented head."""
+    return predictions.box_coding == ROTATED
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
