@@ -1,0 +1,8 @@
+"""The teacher of the demo: YOLOX-tiny."""
+
+_base_ = '../_base_/digits_yolox.py'
+model = dict(
+    backbone=dict(widen_factor=0.25),
+    neck=dict(in_channels=[64, 128, 256], out_channels=64),
+    bbox_head=dict(in_channels=64, feat_channels=64),
+)

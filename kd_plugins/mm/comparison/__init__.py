@@ -1,0 +1,6 @@
+"""Teacher, plain student and distilled student of the same seeds: trained, evaluated, tabulated, drawn."""
+
+from kd_plugins.mm.comparison.demo import demo
+from kd_plugins.mm.comparison.experiment import Comparison, compare
+
+__all__ = ['Comparison', 'compare', 'demo']

@@ -1,0 +1,363 @@
+"""The comparison itself: one teacher, the same student plain and distilled, over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+
+from kd_plugins.errors import DistillError
+from kd_plugins.mm.cli import find_recipe
+from kd_plugins.mm.comparison.logs import find_metric, read_history, read_test_metrics
+from kd_plugins.mm.comparison.phases import Display, Phase, clock, run_phases
+from kd_plugins.mm.comparison.report import write_report
+from kd_plugins.mm.comparison.table import Arm, Result, render, rows, seed_rows, verdict
+from kd_plugins.mm.configs import load_config, without_pretrained
+
+TOOLS = Path(__file__).parents[3] / 'tools'
+MAP, MAP50 = 'bbox_mAP', 'bbox_mAP_50'
+TEACHER, PLAIN = 'teacher', 'plain'
+TEACHER_SEED = 0
+
+
+@dataclass
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        teacher: Config of the teacher.
+        student: Config of the student.
+        recipes: Recipes by name or file; each is one distilled arm.
+        work_dir: Everything is written below it. A second call with the same settings repeats nothing.
+        seeds: Seeds of the students.
+        teacher_checkpoint: Weights of the teacher; None trains it first.
+        student_options: ``key=value`` overrides of the student's config.
+        teacher_options: ``key=value`` overrides of the teacher's config, for its training only.
+        jobs: Trainings that run at once. None: two where there is no GPU but more than one core, so that the plain
+            and the distilled student run side by side, under the same conditions.
+        scenes: Images in the picture of detections.
+        title: Headline of the report.
+    """
+
+    teacher: str
+    student: str
+    recipes: Sequence[str]
+    work_dir: Path
+    seeds: Sequence[int] = (0,)
+    teacher_checkpoint: str | None = None
+    student_options: Sequence[str] = ()
+    teacher_options: Sequence[str] = ()
+    jobs: int | None = None
+    scenes: int = 5
+    title: str = 'Plain and distilled student'
+    _hashes: dict[Path, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.work_dir = Path(self.work_dir)
+        if not self.recipes:
+            raise DistillError('--kd needs at least one recipe.')
+        self.arms = dict(zip(_arm_names(self.recipes), self.recipes, strict=True))
+        for recipe in self.recipes:
+            find_recipe(recipe)
+        if not self.seeds:
+            raise DistillError('--seeds must be at least 1.')
+        if self.teacher_checkpoint and not Path(self.teacher_checkpoint).is_file():
+            raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        if self.jobs is None:
+            self.jobs = 1 if torch.cuda.is_available() else min(2, self.cores)
+        if self.jobs < 1:
+            raise DistillError(f'--jobs must be at least 1, got {self.jobs}.')
+        # Its notes on environment variables in configs would stand between the lines of progress.
+        MMLogger.get_current_instance().setLevel('WARNING')
+        self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
+        self.student_config = read_config(self.student, self.student_options, '--student')
+        for where, config in (('--teacher', self.teacher_config), ('--student', self.student_config)):
+            if not _reports_boxes(config):
+                raise DistillError(
+                    f"{where}: mAP is what is compared, but the config has no test_evaluator=dict(type='CocoMetric', "
+                    "metric='bbox', ...)."
+                )
+
+    # ------------------------------------------------------------------ phases
+    def train_teacher(self) -> Phase:
+        """The teacher's training."""
+        return self._training(
+            TEACHER, self.work_dir / TEACHER, self.teacher, self.teacher_config, self.teacher_options, TEACHER_SEED, 1
+        )
+
+    def train_student(self, arm: str, seed: int) -> Phase:
+        """A student's training; ``arm`` is ``'plain'`` or one of `arms`."""
+        extra, settings = [], {}
+        if arm != PLAIN:
+            recipe = self.arms[arm]
+            checkpoint = self.teacher_weights()
+            extra = ['--kd', recipe, '--teacher', self.teacher, '--teacher-checkpoint', str(checkpoint)]
+            settings = dict(
+                recipe=Config.fromfile(find_recipe(recipe)).to_dict(),
+                teacher=Config(dict(model=self.teacher_config.model)).pretty_text,
+                teacher_weights=self._hash(checkpoint),
+            )
+        phase = self._training(
+            f'{arm}, seed {seed}',
+            self.work_dir / f'seed{seed}' / arm,
+            self.student,
+            self.student_config,
+            self.student_options,
+            seed,
+            self.jobs,
+        )
+        phase.command = [*phase.command, *extra]
+        phase.settings = {**phase.settings, **settings}
+        return phase
+
+    def _training(
+        self, title: str, folder: Path, spec: str, config: Config, options: Sequence[str], seed: int, jobs: int
+    ) -> Phase:
+        folder = folder / 'train'
+        command = [*_tool('train'), spec, '--work-dir', str(folder), '--seed', str(seed), *_options(options)]
+        return Phase(
+            title=f'train {title}',
+            folder=folder,
+            command=command,
+            settings=dict(config=config.pretty_text, seed=seed, data=_data_hashes(config)),
+            max_epochs=None if 'max_iters' in config.train_cfg else config.train_cfg.get('max_epochs'),
+            threads=max(1, self.cores // jobs),
+        )
+
+    def test(self, title: str, folder: Path, checkpoint: Path) -> Phase:
+        """The evaluation of a checkpoint, which also leaves its detections for the picture."""
+        teacher = title == TEACHER
+        spec, config = (self.teacher, self.teacher_config) if teacher else (self.student, self.student_config)
+        options = self.teacher_options if teacher else self.student_options
+        folder = folder / 'test'
+        out = folder / 'detections.pkl'
+        command = [*_tool('test'), spec, str(checkpoint), '--work-dir', str(folder), '--out', str(out)]
+        return Phase(
+            title=f'evaluate {title}',
+            folder=folder,
+            command=[*command, *_options(options)],
+            settings=dict(config=config.pretty_text, weights=self._hash(checkpoint), data=_data_hashes(config)),
+            mode='test',
+            threads=max(1, self.cores // self.jobs),
+        )
+
+    def teacher_weights(self) -> Path:
+        """The teacher's checkpoint, given or trained."""
+        if self.teacher_checkpoint:
+            return Path(self.teacher_checkpoint)
+        return last_checkpoint(self.work_dir / TEACHER / 'train')
+
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._hashes[path]
+
+
+def compare(comparison: Comparison, display: Display | None = None) -> dict[str, Any]:
+    """Run what is missing of a comparison, print its table and write its report.
+
+    Args:
+        comparison: What to compare.
+        display: Where progress goes; default standard output.
+
+    Returns:
+        What ``results.json`` holds: the rows' figures per seed, and the seconds that this call took.
+
+    Raises:
+        DistillError: Something cannot run; the message says what, with the end of the log.
+    """
+    began = time.monotonic()
+    display = display or Display()
+    work_dir, seeds = comparison.work_dir, comparison.seeds
+    names = [PLAIN, *comparison.arms]
+    if not comparison.teacher_checkpoint:
+        run_phases([comparison.train_teacher()], display)
+    trainings = {(arm, seed): comparison.train_student(arm, seed) for seed in seeds for arm in names}
+    run_phases(list(trainings.values()), display, comparison.jobs)
+
+    weights = {(TEACHER, TEACHER_SEED): comparison.teacher_weights()}
+    weights |= {key: last_checkpoint(phase.folder) for key, phase in trainings.items()}
+    folders = {(TEACHER, TEACHER_SEED): work_dir / TEACHER}
+    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
+    tests = {
+        key: comparison.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
+        for key, path in weights.items()
+    }
+    run_phases(list(tests.values()), display, comparison.jobs)
+
+    histories = {key: read_history(folder / 'train') for key, folder in folders.items()}
+    student_size = count_parameters(comparison.student_config)
+
+    def arm(name: str, keys: Sequence[tuple[str, int]]) -> Arm:
+        size = count_parameters(comparison.teacher_config) if name == TEACHER else student_size
+        results = []
+        for key in keys:
+            metrics = read_test_metrics(tests[key].folder)
+            results.append(
+                Result(
+                    seed=key[1],
+                    map=_accuracy(metrics, MAP),
+                    map50=_accuracy(metrics, MAP50),
+                    seconds=histories[key].seconds_per_iteration(),
+                    size=weights[key].stat().st_size,
+                )
+            )
+        return Arm(name if name in (TEACHER, PLAIN) else f'distilled: {name}', size, results)
+
+    teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
+    plain, *distilled = (arm(name, [(name, seed) for seed in seeds]) for name in names)
+    display.say('\n' + text(teacher, plain, distilled))
+    seconds = time.monotonic() - began
+    results = dict(
+        seeds=list(seeds),
+        arms={
+            a.name: dict(parameters=a.parameters, runs=[vars(r) for r in a.results])
+            for a in (teacher, plain, *distilled)
+        },
+        seconds=seconds,
+    )
+    (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
+    report = write_report(
+        work_dir,
+        title=comparison.title,
+        teacher=teacher,
+        plain=plain,
+        distilled=distilled,
+        histories={a.name: [histories[n, s] for s in seeds] for a, n in zip((plain, *distilled), names, strict=True)},
+        detections={
+            a.name: tests[key].folder / 'detections.pkl'
+            for a, key in zip(
+                (teacher, plain, *distilled),
+                [(TEACHER, TEACHER_SEED), *((n, seeds[0]) for n in names)],
+                strict=True,
+            )
+        },
+        dataset=_dataset(comparison.student_config.test_dataloader),
+        scenes=comparison.scenes,
+        facts=_facts(comparison, tests.values(), trainings.values()),
+    )
+    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
+    return results
+
+
+def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> str:
+    """The table as it is printed, with what its figures mean."""
+    parts = [render(rows(teacher, plain, distilled))]
+    if len(plain.results) > 1:
+        header, table = seed_rows(plain, distilled)
+        parts.append('mAP per seed (gain over plain with the same seed)\n' + render(table, header))
+    parts.append('\n'.join(verdict(plain, arm) for arm in distilled))
+    return '\n\n'.join(parts)
+
+
+def read_config(spec: str, options: Sequence[str], where: str) -> Config:
+    """A config with ``key=value`` overrides applied as ``tools/train.py`` does."""
+    config = load_config(spec, where)
+    if options:
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+        config.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    return config
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint that MMEngine wrote last.
+
+    Raises:
+        DistillError: There is none.
+    """
+    record = folder / 'last_checkpoint'
+    path = Path(record.read_text().strip()) if record.is_file() else None
+    # Written as an absolute path when the run began: the folder may have been moved since.
+    path = folder / path.name if path is not None else None
+    if path is None or not path.is_file():
+        raise DistillError(
+            f'{folder} holds no checkpoint after the training; does the config save the last epoch '
+            '(default_hooks.checkpoint)?'
+        )
+    return path
+
+
+def count_parameters(config: Config) -> int:
+    """Number of parameters of a config's model."""
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    model = MODELS.build(without_pretrained(config.model))
+    return sum(p.numel() for p in model.parameters())
+
+
+def _reports_boxes(config: Config) -> bool:
+    evaluator = config.get('test_evaluator')
+    metrics = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
+    return any(isinstance(m, Mapping) and str(m.get('type')).split('.')[-1] == 'CocoMetric' for m in metrics)
+
+
+def _accuracy(metrics: Mapping[str, float], suffix: str) -> float:
+    # CocoMetric reports nothing at all when there is not a single detection.
+    value = find_metric(metrics, suffix)
+    return 0.0 if math.isnan(value) else value
+
+
+def _tool(name: str) -> list[str]:
+    path = TOOLS / f'{name}.py'
+    if not path.is_file():
+        raise DistillError(f'{path} is missing: comparisons run from a checkout of the project.')
+    return [sys.executable, str(path)]
+
+
+def _options(options: Sequence[str]) -> list[str]:
+    return ['--cfg-options', *options] if options else []
+
+
+def _arm_names(recipes: Sequence[str]) -> list[str]:
+    names = [Path(recipe).stem for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1 or name == PLAIN:
+            raise DistillError(f'--kd: two arms would be called {name!r}; rename a recipe file.')
+    return names
+
+
+def _dataset(loader: Mapping[str, Any]) -> Mapping[str, Any]:
+    dataset = loader['dataset']
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def _data_hashes(config: Config) -> dict[str, str]:
+    """Hashes of the annotation files, so that another data set at the same place is noticed."""
+    hashes = {}
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        dataset = _dataset(config[name]) if config.get(name) else {}
+        path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+        if path.is_file():
+            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+
+def _facts(comparison: Comparison, tests: Any, trainings: Any) -> dict[str, str]:
+    """What a reader needs to judge or repeat the figures."""
+    facts = {
+        'teacher': comparison.teacher
+        + (f', weights {comparison.teacher_checkpoint}' if comparison.teacher_checkpoint else ', trained here'),
+        'student': comparison.student,
+        'recipes': ', '.join(comparison.recipes),
+        'seeds': ', '.join(map(str, comparison.seeds)),
+        'trainings at once': f'{comparison.jobs} (on {comparison.cores} cores)',
+        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+        'torch': torch.__version__,
+    }
+    return facts

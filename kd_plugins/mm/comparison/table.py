@@ -1,0 +1,122 @@
+"""The table of a comparison: one row per model, gains against the plain student of the same seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained and evaluated model.
+
+    Attributes:
+        seed: Its seed.
+        map: COCO box mAP in [0, 1].
+        map50: The same at IoU 0.5.
+        seconds: Median seconds per training iteration; NaN when it was not trained here.
+        size: Bytes of its last checkpoint.
+    """
+
+    seed: int
+    map: float
+    map50: float
+    seconds: float
+    size: int
+
+
+@dataclass
+class Arm:
+    """One row: a model under one way of training, over one or more seeds.
+
+    Attributes:
+        name: What the row says.
+        parameters: Parameters of the model.
+        results: One per seed, in the same order in every arm of the student.
+    """
+
+    name: str
+    parameters: int
+    results: list[Result] = field(default_factory=list)
+
+    def gains(self, plain: Arm) -> list[float]:
+        """mAP minus that of the plain arm, seed by seed."""
+        return [a.map - b.map for a, b in zip(self.results, plain.results, strict=True)]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter is NaN for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _points(values: Sequence[float], signed: bool = False) -> str:
+    """Fractions as points of 100, with the spread when there is one."""
+    mean, spread = mean_and_spread([100 * v for v in values])
+    text = f'{mean:+.1f}' if signed else f'{mean:.1f}'
+    return text if math.isnan(spread) else f'{text} ± {spread:.1f}'
+
+
+def _count(number: int) -> str:
+    return f'{number / 1e6:.2f} M' if number >= 100_000 else f'{number / 1e3:.1f} k'
+
+
+HEADER = ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint')
+
+
+def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, ...]]:
+    """The cells, without the header. mAP, AP50 and gain are in points (mAP x 100), checkpoints in MB (10^6 bytes)."""
+    table = []
+    for arm in (teacher, plain, *distilled):
+        seconds = [r.seconds for r in arm.results if not math.isnan(r.seconds)]
+        table.append(
+            (
+                arm.name,
+                _count(arm.parameters),
+                _points([r.map for r in arm.results]),
+                _points([r.map50 for r in arm.results]),
+                _points(arm.gains(plain), signed=True) if arm in distilled else '',
+                f'{statistics.median(seconds):.3f}' if seconds else '',
+                f'{arm.results[-1].size / 1e6:.1f} MB',
+            )
+        )
+    return table
+
+
+def render(table: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    """Cells as aligned text: the first column to the left, the others to the right."""
+    lines = [header, *table]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    rule = '-' * (sum(widths) + 2 * (len(widths) - 1))
+
+    def one(line: Sequence[str]) -> str:
+        first, *others = (
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        return '  '.join([first, *others]).rstrip()
+
+    return '\n'.join([one(header), rule, *(one(line) for line in table)])
+
+
+def seed_rows(plain: Arm, distilled: Sequence[Arm]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells of the table per seed: mAP of every arm in points, and its gain."""
+    header = ('seed', plain.name, *(arm.name for arm in distilled))
+    table = []
+    for i, result in enumerate(plain.results):
+        cells = [f'{100 * arm.results[i].map:.1f} ({100 * arm.gains(plain)[i]:+.1f})' for arm in distilled]
+        table.append((str(result.seed), f'{100 * result.map:.1f}', *cells))
+    return header, table
+
+
+def verdict(plain: Arm, arm: Arm) -> str:
+    """One honest sentence on a distilled arm: the gain whatever its sign, and how sure it is."""
+    gains = [100 * g for g in arm.gains(plain)]
+    mean, spread = mean_and_spread(gains)
+    if math.isnan(spread):
+        return f'{arm.name}: {mean:+.1f} mAP on one seed; a single pair says nothing about the spread (--seeds 3).'
+    better = sum(g > 0 for g in gains)
+    return (
+        f'{arm.name}: {mean:+.1f} ± {spread:.1f} mAP over {len(gains)} seeds, better than plain in {better} of '
+        f'{len(gains)}.'
+    )
