@@ -140,7 +140,9 @@ def find_weights(checkpoint: Any, source: str) -> tuple[dict[str, Tensor], Mappi
     """The weights and the metadata in a checkpoint.
 
     Understands ``{'state_dict': ...}`` (MMEngine; after EMA training this entry holds the averaged weights),
-    ``{'model': ...}`` and a bare state dict; strips the ``module.`` prefix of DataParallel.
+    ``{'model': ...}`` and a bare state dict; strips the ``module.`` prefix of DataParallel, and the second set of
+    weights that EMA training in mmdet 2 left in the state dict (``ema_backbone_stem_...``: the raw ones, while the
+    model's own names hold the averaged ones).
 
     Args:
         checkpoint: What :func:`load_checkpoint` returned.
@@ -168,4 +170,6 @@ def find_weights(checkpoint: Any, source: str) -> tuple[dict[str, Tensor], Mappi
         raise DistillError(f'Checkpoint {source!r} holds no weights; expected a "state_dict" entry, found {held}.')
     if all(k.startswith('module.') for k in weights):
         weights = OrderedDict((k[len('module.') :], v) for k, v in weights.items())
+    copies = {'ema_' + k.replace('.', '_') for k in weights}
+    weights = OrderedDict((k, v) for k, v in weights.items() if k not in copies)
     return weights, meta if isinstance(meta, Mapping) else {}

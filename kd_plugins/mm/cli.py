@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import MODELS, RUNNERS
+from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 
 import kd_plugins
@@ -93,6 +93,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         add_distillation(config, args.kd, args.teacher, args.teacher_checkpoint)
     elif len(missing) < len(given):
         raise DistillError(f'--kd, --teacher and --teacher-checkpoint go together; {" and ".join(missing)} is missing.')
+    _check_types(config)
     _runner(config).train()
 
 
@@ -127,6 +128,21 @@ def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
 
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     return runner.test()
+
+
+def _check_types(config: Config) -> None:
+    """Name the right type where MMEngine only says that a wrong one is in no registry."""
+    hook = (config.get('default_hooks') or {}).get('distill')
+    for where, spec, registry, right in (
+        ('default_hooks.distill', hook, HOOKS, 'kd_plugins.DistillHook'),
+        ('model', config.model, MODELS, 'kd_plugins.Distilled'),
+    ):
+        name = spec.get('type') if isinstance(spec, Mapping) else None
+        if not isinstance(name, str) or 'distil' not in name.lower():
+            continue
+        with registry.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as scope:
+            if scope.get(name) is None:
+                raise DistillError(f'{where} has no type {name!r}; did you mean {right!r}?')
 
 
 def _use_amp(config: Config) -> None:

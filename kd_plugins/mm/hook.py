@@ -15,7 +15,7 @@ from kd_plugins.distiller import Capture, Distiller, Position, summary
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.distilled import BANK, HOOK_LINES, DistillMixin
 from kd_plugins.mm.setup import build_distiller, check_options, dry_run, schedule_text, unit_of
-from kd_plugins.mm.teacher import build_teacher, num_classes
+from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher, num_classes
 from kd_plugins.predictions import match_classes
 from kd_plugins.registry import HOOKS
 
@@ -85,6 +85,7 @@ class DistillHook(Hook):
         options = self._resolve_options(model)
         check_options(options)
         self._refuse_self_teaching(runner, options)
+        self._refuse_unread(runner, options, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         teacher, notes = build_teacher(options['teacher'], model)
         names = _dataset_classes(runner)
         classes = match_classes(
@@ -214,6 +215,22 @@ class DistillHook(Hook):
                 'DistillHook stands in custom_hooks, where a list in a child config replaces its whole base (EMA, '
                 "pipeline switch); write default_hooks=dict(distill=dict(type='kd_plugins.DistillHook', ...)) instead."
             )
+
+    @staticmethod
+    def _refuse_unread(runner: Any, options: Mapping[str, Any], place: str) -> None:
+        # A recipe may define `teacher` and `terms` before it uses them; what a child config or --cfg-options writes
+        # there is merged into those names only, and would change nothing.
+        for key, known in (('teacher', TEACHER_KEYS), ('terms', options['terms'])):
+            written, used = runner.cfg.get(key), options[key]
+            if not isinstance(written, Mapping) or not isinstance(used, Mapping) or not set(written) <= set(known):
+                continue
+            unread = [k for k, v in written.items() if v != used.get(k)]
+            if unread:
+                where = f'{key}.{unread[0]}'
+                raise DistillError(
+                    f'{where} = {written[unread[0]]!r} stands at the top level of the config, where nothing reads it; '
+                    f'write it as {place}.distill.{where}.'
+                )
 
     @staticmethod
     def _refuse_self_teaching(runner: Any, options: Mapping[str, Any]) -> None:
