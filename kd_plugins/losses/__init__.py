@@ -1,9 +1,10 @@
 """What is matched between student and teacher: one published method per file, as a function and a module.
 
-Every loss returns a scalar that is 0 when student and teacher agree, computes in float32 outside autocast (float64
-stays), sends no gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is
-given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors) or ``'predictions'`` (two aligned
-``DensePredictions``). Only torch is needed::
+Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss``, a cross-entropy),
+computes in float32 outside autocast (float64 stays), sends no gradient to the teacher, and states its reduction. The
+class attribute ``consumes`` says what it is given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)``
+tensors) or ``'predictions'`` (two aligned ``DensePredictions``); a loss with ``needs_target`` takes the labels as third
+argument. Only torch is needed::
 
     from kd_plugins.losses import KLDivLoss, kl_div
 
@@ -12,19 +13,31 @@ given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors
 """
 
 from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
+from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
+from kd_plugins.losses.box_l1 import BoxL1Loss, box_l1
+from kd_plugins.losses.dkd import DKDLoss, dkd
 from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
+from kd_plugins.losses.hard_label import HardLabelLoss, hard_label
 from kd_plugins.losses.kl_div import KLDivLoss, kl_div
 from kd_plugins.losses.localization_distill import LocalizationDistillLoss, localization_distill
 from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 
 __all__ = [
     'BinaryKLDivLoss',
+    'BoxIoULoss',
+    'BoxL1Loss',
+    'DKDLoss',
     'FeatureMSELoss',
+    'HardLabelLoss',
     'KLDivLoss',
     'LocalizationDistillLoss',
     'YOLOLogitLoss',
     'binary_kl_div',
+    'box_iou',
+    'box_l1',
+    'dkd',
     'feature_mse',
+    'hard_label',
     'kl_div',
     'localization_distill',
     'yolo_logit',

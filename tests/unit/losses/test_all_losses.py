@@ -8,12 +8,17 @@ import sys
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 import kd_plugins.losses as losses
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import (
     BinaryKLDivLoss,
+    BoxIoULoss,
+    BoxL1Loss,
+    DKDLoss,
     FeatureMSELoss,
+    HardLabelLoss,
     KLDivLoss,
     LocalizationDistillLoss,
     YOLOLogitLoss,
@@ -64,6 +69,25 @@ def no_raw_box(values):
     return predictions(values, box_coding=None)
 
 
+def positive_sizes(values):
+    """Boxes of at least one stride; an area cannot be negative."""
+    values = list(values)
+    values[2] = softplus(values[2]) + 0.5
+    return predictions(values, box_coding=None)
+
+
+class WithLabels(torch.nn.Module):
+    """A loss that takes labels, with the same ones at every call."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss, self.consumes = loss, loss.consumes
+
+    def forward(self, student, teacher):
+        target = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]).expand(student.shape[:-1])
+        return self.loss(student, teacher, target)
+
+
 CASES = {
     'kl': (KLDivLoss(), logits),
     'kl-T1': (KLDivLoss(temperature=1.0), logits),
@@ -77,8 +101,19 @@ CASES = {
     'yolo-probability': (YOLOLogitLoss(), probability),
     'ld': (LocalizationDistillLoss(), predictions),
     'ld-uniform': (LocalizationDistillLoss(temperature=1.0, foreground=False), predictions),
+    'l1': (BoxL1Loss(), predictions),
+    'l1-uniform': (BoxL1Loss(foreground=False), no_raw_box),
+    'iou': (BoxIoULoss(), positive_sizes),
+    'iou-uniform': (BoxIoULoss(foreground=False), positive_sizes),
+    'dkd': (WithLabels(DKDLoss()), logits),
+    'dkd-target': (WithLabels(DKDLoss(alpha=2.0, beta=0.0, temperature=1.0)), logits),
+    'hard': (HardLabelLoss(), logits),
 }
 every_loss = pytest.mark.parametrize('loss, build', CASES.values(), ids=CASES)
+# A cross-entropy against the teacher's decision is 0 for a certain student, not for an equal one.
+every_divergence = pytest.mark.parametrize(
+    'loss, build', [v for k, v in CASES.items() if k != 'hard'], ids=[k for k in CASES if k != 'hard']
+)
 
 
 def leaves(values):
@@ -89,7 +124,7 @@ def used_gradients(loss_value, values):
     return [g for g in torch.autograd.grad(loss_value, values, allow_unused=True) if g is not None]
 
 
-@every_loss
+@every_divergence
 def test_zero_with_zero_gradient_at_equality(loss, build):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         student = leaves(raw(2, 0, dtype, spread=5.0))
@@ -221,9 +256,18 @@ def test_temperature_is_read_at_every_call(name):
 
 NUMBERS = (-1.0, math.nan, math.inf, '1', None, True, [1.0])
 BAD = [
-    *[(cls, 'temperature', v) for cls in (KLDivLoss, BinaryKLDivLoss, LocalizationDistillLoss) for v in (0, *NUMBERS)],
+    *[
+        (cls, 'temperature', v)
+        for cls in (KLDivLoss, BinaryKLDivLoss, DKDLoss, LocalizationDistillLoss)
+        for v in (0, *NUMBERS)
+    ],
     *[(YOLOLogitLoss, name, v) for name in ('obj_weight', 'box_weight', 'cls_weight', 'scale') for v in NUMBERS],
-    *[(cls, 'foreground', v) for cls in (BinaryKLDivLoss, LocalizationDistillLoss) for v in ('box', 'yes', 1, None)],
+    *[
+        (cls, 'foreground', v)
+        for cls in (BinaryKLDivLoss, BoxIoULoss, BoxL1Loss, LocalizationDistillLoss)
+        for v in ('box', 'yes', 1, None)
+    ],
+    *[(DKDLoss, name, v) for name in ('alpha', 'beta') for v in NUMBERS],
     *[(YOLOLogitLoss, 'foreground', v) for v in ('cls', 1, None)],
     *[(KLDivLoss, 'standardize', v) for v in ('yes', 1, None)],
 ]
@@ -266,7 +310,7 @@ def test_functions_check_the_temperature(function):
 
 def test_every_loss_a_config_can_name_is_in_the_table():
     exported = {cls for name in losses.__all__ if isinstance(cls := getattr(losses, name), type)}
-    assert exported == {type(loss) for loss, _ in CASES.values()}
+    assert exported == {type(getattr(loss, 'loss', loss)) for loss, _ in CASES.values()}
     assert all(issubclass(cls, torch.nn.Module) for cls in exported)
 
 

@@ -1,0 +1,116 @@
+"""Decoupled knowledge distillation: target class and non-target classes apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError
+from kd_plugins.losses._common import aligned, check_not_negative, check_positive, describe, full_precision
+
+
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    r"""Weighted sum of the target class's KL divergence (TCKD) and that among the other classes (NCKD).
+
+    .. math:: T^2 \left( \alpha \, \mathrm{KL}(b^t \,\|\, b^s) + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s) \right)
+
+    with :math:`b = (p_y, 1 - p_y)` and :math:`\hat p` the softmax over the classes other than :math:`y`, both of
+    ``z / T``. Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), equation 7; classic KD is
+    :math:`\alpha = 1, \beta = 1 - p^t_y`. The authors' code masks the target logit by -1000, here it is left out; their
+    linear warm-up of the weight over the first 20 epochs is a schedule of the term's weight.
+
+    Reduction: sum over the classes, mean over all positions N.
+
+    Args:
+        student: ``(..., C)`` class logits, ``C >= 2``.
+        teacher: ``(..., C)`` class logits; no gradient flows into it.
+        target: ``(...)`` int64 true classes.
+        alpha: Weight of TCKD, >= 0.
+        beta: Weight of NCKD, >= 0. The paper takes 8 for ResNet32x4 on CIFAR-100 and 0.5 on ImageNet.
+        temperature: ``T`` > 0.
+
+    Returns:
+        Scalar >= 0, in float32 (float64 if the inputs are).
+
+    Raises:
+        DistillError: Shapes do not fit, or a hyper-parameter is out of range.
+    """
+    _check(alpha, beta, temperature)
+    student, teacher = aligned(student, teacher, 'Class logits', 'map the classes by name first')
+    if target.shape != student.shape[:-1] or target.is_floating_point():
+        raise DistillError(
+            f'target must hold one class index per position, {tuple(student.shape[:-1])}, got {tuple(target.shape)} of '
+            f'{target.dtype}.'
+        )
+    if student.shape[-1] < 2:
+        raise DistillError(f'DKD needs at least 2 classes, got {student.shape[-1]}.')
+    with full_precision(student):
+        student, teacher = student / temperature, teacher / temperature
+        loss = alpha * _kl(_binary(student, target), _binary(teacher, target))
+        loss = loss + beta * _kl(_others(student, target), _others(teacher, target))
+        return temperature**2 * loss.sum() / max(loss.numel(), 1)
+
+
+def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+
+
+def _without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """``(..., C - 1)`` logits of the other classes."""
+    count = logits.shape[-1]
+    index = torch.arange(count - 1, device=logits.device).expand(*logits.shape[:-1], count - 1)
+    return logits.gather(-1, index + (index >= target.unsqueeze(-1)))
+
+
+def _others(logits: Tensor, target: Tensor) -> Tensor:
+    return _without_target(logits, target).log_softmax(-1)
+
+
+def _binary(logits: Tensor, target: Tensor) -> Tensor:
+    """``(..., 2)`` log-probabilities of the target class and of all others together."""
+    own = logits.gather(-1, target.unsqueeze(-1))
+    rest = _without_target(logits, target).logsumexp(-1, keepdim=True)
+    return torch.cat([own, rest], -1).log_softmax(-1)
+
+
+def _check(alpha: float, beta: float, temperature: float) -> None:
+    check_not_negative(alpha=alpha, beta=beta)
+    check_positive(temperature=temperature)
+    if not (alpha or beta):
+        raise DistillError('alpha and beta are both 0; at least one must be > 0.')
+
+
+class DKDLoss(nn.Module):
+    """Module form of `dkd`, which see. Consumes ``(..., C)`` logits of classes that exclude each other, and labels.
+
+    Args:
+        alpha: Weight of the target class's divergence.
+        beta: Weight of the divergence among the other classes.
+        temperature: Softening of both.
+    """
+
+    consumes = 'logits'
+    needs_target = True
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
+        super().__init__()
+        _check(alpha, beta, temperature)
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        if target is None:
+            raise DistillError('DKDLoss compares the true class with the others and needs labels; use KLDivLoss.')
+        return dkd(student, teacher, target, alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        return describe(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
