@@ -1,0 +1,188 @@
+"""Measuring variants of a step against each other: interleaved in one process, medians and spread.
+
+Two figures taken one after the other on a shared machine differ by more than what is to be measured. So every
+repeat times every variant, in random order, and what is compared are the variants of one repeat.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kd_plugins.errors import DistillError
+
+#: Operators whose result the host waits for: on a GPU each one stalls the queue.
+WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'is_nonzero', 'equal', 'item')
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements.
+
+    Attributes:
+        median: Second quartile.
+        low: First quartile.
+        high: Third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The quartiles of at least one value, linearly interpolated."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of paired ratios, with a confidence interval.
+
+    Attributes:
+        value: The median.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(
+        cls, above: Sequence[float], below: Sequence[float], level: float = 0.95, resamples: int = 5000, seed: int = 0
+    ) -> Ratio:
+        """Median of ``above[i] / below[i]`` and its percentile bootstrap interval over the repeats.
+
+        Args:
+            above: One value per repeat.
+            below: One value > 0 per repeat, measured next to it.
+            level: Confidence level in (0, 1).
+            resamples: Number of bootstrap samples.
+            seed: Of the resampling.
+
+        Raises:
+            DistillError: The two are not paired.
+        """
+        if len(above) != len(below) or not above:
+            raise DistillError(f'A ratio needs paired measurements, got {len(above)} and {len(below)}.')
+        ratios = [a / b for a, b in zip(above, below, strict=True)]
+        draw = random.Random(seed)
+        medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))
+        tail = (1 - level) / 2
+        last = resamples - 1
+        return cls(statistics.median(ratios), medians[round(tail * last)], medians[round((1 - tail) * last)])
+
+    def verdict(self, aim: float) -> str:
+        """Whether the ratio is at most ``aim``: ``'met'``, ``'missed'``, or ``'undecided'`` inside the interval."""
+        if self.high <= aim:
+            return 'met'
+        return 'missed' if self.low > aim else 'undecided'
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 2,
+    steps: int = 1,
+    synchronize: Callable[[], object] | None = None,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Seconds per step of every variant in every repeat.
+
+    The garbage collector is off while a variant runs; it collects between repeats.
+
+    Args:
+        variants: What to time, by name.
+        repeats: How often every variant is timed.
+        warmup: Rounds over all variants before the first one that counts.
+        steps: Calls per measurement; on a GPU more than 1, so that the queue fills as it does in a run.
+        synchronize: Waits for the device (``torch.cuda.synchronize``); None where calls return when they are done.
+        seed: Of the order of the variants, which is random in each repeat.
+
+    Returns:
+        ``repeats`` values per variant; equal positions were measured next to each other.
+    """
+    wait = synchronize or (lambda: None)
+    draw = random.Random(seed)
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for repeat in range(-warmup, repeats):
+            draw.shuffle(names)
+            for name in names:
+                run = variants[name]
+                wait()
+                start = time.perf_counter()
+                for _ in range(steps):
+                    run()
+                wait()
+                if repeat >= 0:
+                    seconds[name].append((time.perf_counter() - start) / steps)
+            gc.collect()
+    finally:
+        if enabled:
+            gc.enable()
+    return seconds
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that a block of code dispatches: on a GPU about one kernel launch each.
+
+    Unlike seconds the counts do not vary, so they show what a change saves on a busy machine.
+
+    Attributes:
+        total: Operators dispatched, views included.
+        waiting: Those whose result the host waits for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.waiting = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.total += 1
+        self.waiting += function.overloadpacket.__name__ in WAITING
+        return function(*args, **(kwargs or {}))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of memory so far (on the CPU this needs Linux; elsewhere nothing happens)."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path('/proc/self/clear_refs').write_text('5')
+    except OSError:
+        pass
+
+
+def memory(device: torch.device, peak: bool = False) -> int | None:
+    """Bytes in use now, or their peak since :func:`reset_peak`.
+
+    On CUDA the allocator's figure; on the CPU the resident set of the whole process, None where it cannot be read.
+    Not ``getrusage``: its maximum is inherited from the parent process and cannot be reset.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    try:
+        lines = Path('/proc/self/status').read_text().splitlines()
+    except OSError:
+        return None
+    key = 'VmHWM:' if peak else 'VmRSS:'
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)

@@ -1,0 +1,71 @@
+"""The benchmark runs on a tiny pair and reports what it measured; how fast is not tested here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmdet')
+
+from kd_plugins.errors import DistillError
+from kd_plugins.mm.benchmark import VARIANTS, main, table
+
+ROOT = Path(__file__).parents[3]
+TINY = """
+_base_ = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
+model = dict(
+    backbone=dict(widen_factor={widen}),
+    neck=dict(in_channels=[int(c * {widen}) for c in (256, 512, 1024)], out_channels={channels}, num_csp_blocks=1),
+    bbox_head=dict(num_classes=3, in_channels={channels}, feat_channels={channels}),
+)
+train_dataloader = dict(dataset=dict(dataset=dict(metainfo=dict(classes=('a', 'b', 'c')))))
+"""
+SMALL = ['--image-size', '64', '96', '--batch-size', '2', '--repeats', '2', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('benchmark')
+    (folder / 'student.py').write_text(TINY.format(widen=0.125, channels=16))
+    (folder / 'teacher.py').write_text(TINY.format(widen=0.25, channels=32))
+    return ['--student', str(folder / 'student.py'), '--teacher', str(folder / 'teacher.py')]
+
+
+@pytest.mark.parametrize(('recipe', 'form'), [('yolo_logit', 'hook'), ('feature', 'model')])
+def test_measures_a_pair(pair, recipe, form, tmp_path, capsys):
+    file = tmp_path / 'figures.json'
+    (result,) = main([*pair, '--kd', recipe, *SMALL, '--no-memory', '--json', str(file)])
+    assert result['form'] == form
+    assert all(len(result['seconds'][name]['all']) == 2 for name in VARIANTS)
+    both = result['operators']['student'] + result['operators']['teacher']
+    assert both < result['operators']['distilled'] < 1.5 * both
+    assert result['waiting']['teacher'] == 0
+    shown = capsys.readouterr().out
+    assert table(result) in shown
+    assert f'{form} form' in shown and 'aim <= 1.05' in shown
+    assert json.loads(file.read_text())['pairs'][0]['ratio'] == result['ratio']
+
+
+@pytest.mark.slow
+def test_the_tool_measures_memory_in_processes_of_its_own(pair):
+    command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), *pair, '--kd', 'yolo_logit', *SMALL]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown.count(' MiB') == (3 if sys.platform == 'linux' else 0)
+    assert 'distilled step' in shown
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--pair', 'yolx'], "did you mean .*'yolox'"),
+        (['--student', 'a.py', '--kd', 'feature'], '--teacher is missing'),
+        (['--pair', 'yolox', '--teacher-checkpoint', 'x.pth'], 'belongs to a pair of your own'),
+        (['--device', 'cpu', '--amp'], '--amp needs --device cuda'),
+        (['--repeats', '0'], 'repeats must be at least 1, got 0'),
+    ],
+)
+def test_refuses_what_cannot_be_measured(options, message):
+    with pytest.raises(DistillError, match=message):
+        main(options)

@@ -1,0 +1,97 @@
+"""Statistics and interleaving of the benchmark, on numbers that are known."""
+
+import gc
+import itertools
+import random
+
+import pytest
+import torch
+
+from kd_plugins.errors import DistillError
+from kd_plugins.measure import Operators, Ratio, Spread, interleave, memory, reset_peak
+
+
+def test_quartiles_are_interpolated():
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0)
+    assert Spread.of([2.0, 1.0]) == Spread(median=1.5, low=1.25, high=1.75)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_ratio_is_paired():
+    # A machine that slows down four times during the measurement does not blur a ratio of neighbours.
+    drift = [1.0 + 0.1 * i for i in range(30)]
+    ratio = Ratio.of([1.03 * d for d in drift], drift)
+    assert ratio.value == pytest.approx(1.03)
+    assert ratio.low == pytest.approx(1.03) and ratio.high == pytest.approx(1.03)
+
+
+def test_interval_covers_the_true_median():
+    # 95 % nominal; an interval far too narrow or far too wide fails.
+    draw = random.Random(0)
+    hits, widths = 0, []
+    for _ in range(100):
+        noisy = [draw.gauss(1.0, 0.1) for _ in range(30)]
+        ratio = Ratio.of(noisy, [1.0] * 30, resamples=500)
+        hits += ratio.low <= 1.0 <= ratio.high
+        widths.append(ratio.high - ratio.low)
+    assert 88 <= hits <= 100
+    assert 0.05 < sum(widths) / len(widths) < 0.15
+
+
+def test_verdict_needs_the_whole_interval():
+    assert Ratio(1.02, 1.01, 1.04).verdict(1.05) == 'met'
+    assert Ratio(1.04, 1.01, 1.06).verdict(1.05) == 'undecided'
+    assert Ratio(1.10, 1.06, 1.20).verdict(1.05) == 'missed'
+
+
+def test_ratio_refuses_what_is_not_paired():
+    with pytest.raises(DistillError, match='paired measurements, got 2 and 1'):
+        Ratio.of([1.0, 2.0], [1.0])
+
+
+def test_interleave_runs_every_variant_in_every_repeat(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr('kd_plugins.measure.time.perf_counter', lambda: float(next(ticks)))
+    order, waits = [], []
+    variants = {name: lambda name=name: order.append((name, gc.isenabled())) for name in 'abc'}
+    seconds = interleave(variants, 4, warmup=1, steps=2, synchronize=lambda: waits.append(1))
+    assert seconds == {name: [0.5] * 4 for name in 'abc'}
+    rounds = [order[i : i + 6] for i in range(0, len(order), 6)]
+    assert len(rounds) == 5
+    assert all(sorted(name for name, _ in r) == list('aabbcc') for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1, 'the order varies'
+    assert not any(on for _, on in order), 'no garbage collection while timing'
+    assert gc.isenabled()
+    assert len(waits) == 2 * 15
+
+
+def test_interleave_switches_the_collector_on_again_after_an_error():
+    def fail():
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interleave({'a': fail}, 1)
+    assert gc.isenabled()
+
+
+def test_operators_counts_and_knows_what_waits():
+    x = torch.ones(3, requires_grad=True)
+    with Operators() as quiet:
+        (x * 2).sum().backward()
+    with Operators() as loud:
+        if (x > 0).all():
+            x.nonzero()
+    assert quiet.waiting == 0 and quiet.total >= 3
+    assert loud.waiting == 2
+
+
+def test_peak_memory_is_of_now():
+    device = torch.device('cpu')
+    if memory(device) is None:
+        pytest.skip('resident memory cannot be read on this system')
+    torch.ones(2**24).sum()
+    reset_peak(device)
+    before = memory(device)
+    torch.ones(2**23).sum()
+    grown = memory(device, peak=True) - before
+    assert 28 * 2**20 < grown < 48 * 2**20, f'{grown} bytes for 32 MiB'
