@@ -79,7 +79,9 @@ def test_rotated_boxes_are_those_of_the_head(build, image, cfg):
     near, far = found.box[..., :2] * found.stride_of, found.box[..., 2:] * found.stride_of
     x, y = ((far - near) / 2).split(1, -1)
     centre = torch.cat([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1) + found.points
-    torch.testing.assert_close(torch.cat([centre, near + far], -1), decoded[:, :4].transpose(1, 2), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([centre, near + far], -1), decoded[:, :4].transpose(1, 2), atol=1e-3, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize('cfg', ['yolo11n.yaml', 'yolo26n.yaml', 'yolo26n-seg.yaml'])

@@ -1,0 +1,225 @@
+"""Loading a .pt file as a teacher: complete, safe, cheap, and equal to the model it came from."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from kd_plugins.errors import DistillError
+from kd_plugins.predictions import read
+from kd_plugins.yolo.heads import head_of, select_branch
+from kd_plugins.yolo.teacher import build_teacher, crop_levels, find_teacher, follow, head_path, load_model
+
+FAMILIES = ['yolov8n.yaml', 'yolov9t.yaml', 'yolov10n.yaml', 'yolo12n.yaml', 'yolo26n.yaml', 'yolo26n-seg.yaml']
+FAMILIES += ['yolo26n-pose.yaml', 'yolo11n-obb.yaml', 'yolo26n-obb.yaml', 'yolov8n-p6.yaml']
+
+
+@pytest.fixture
+def image():
+    return torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0))
+
+
+def output(teacher, image):
+    path = head_path(teacher.model)
+    return teacher(image, None, [path]).call(path).output
+
+
+def reference(path, image):
+    """Raw predictions of the model in the file, unfused, with only the head in training mode."""
+    model = load_model(path)
+    head_of(model).training = True
+    with torch.no_grad():
+        return model(image)
+
+
+@pytest.mark.parametrize('cfg', FAMILIES)
+def test_raw_output_is_that_of_the_model_in_the_file(teacher_file, image, cfg):
+    path = teacher_file(cfg)
+    teacher = build_teacher(path, branches=('one2many', 'one2one'))
+    found, expected = output(teacher, image), reference(path, image)
+    for branch in ('one2many', 'one2one'):
+        ours, theirs = select_branch(found, branch), select_branch(expected, branch)
+        for key in ('boxes', 'scores'):
+            torch.testing.assert_close(ours[key], theirs[key], atol=2e-3, rtol=2e-3)
+        assert [f.shape[-2:] for f in ours['feats']] == [f.shape[-2:] for f in theirs['feats']]
+    head = head_of(teacher.model)
+    assert torch.isfinite(
+        read(head, found, training=False).boxes() if 'obb' not in cfg else found['one2many']['boxes']
+    ).all()
+
+
+def test_nothing_is_computed_that_is_not_used(teacher_file, image):
+    """No decoding, top-k, prototypes, mask coefficients, BN or second branch."""
+    teacher = build_teacher(teacher_file('yolo26n-seg.yaml'))
+    head = head_of(teacher.model)
+    called = []
+    head.proto.forward = lambda *x: called.append('proto')
+    head.postprocess = lambda *x: called.append('postprocess')
+    for name in ('cv4', 'one2one_cv2', 'one2one_cv3', 'one2one_cv4'):
+        for layer in getattr(head, name):
+            layer.forward = lambda *x, name=name: called.append(name)
+    found = output(teacher, image)
+    assert not called and set(found) == {'one2many'} and set(found['one2many']) == {'boxes', 'scores', 'feats'}
+    body = [m for layer in list(teacher.model.model)[:-1] for m in layer.modules()]
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in body)
+
+
+def test_features_on_request(teacher_file, image):
+    path = teacher_file('yolo11n.yaml')
+    without, with_ = (output(build_teacher(path, feats=f), image)['one2many']['feats'] for f in (False, True))
+    assert [f.numel() for f in without] == [0, 0, 0]
+    for ours, theirs in zip(with_, reference(path, image)['feats'], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_frozen_and_never_changed(teacher_file, image):
+    teacher = build_teacher(teacher_file('yolo11n.yaml'))
+    before = teacher.fingerprint()
+    assert not any(p.requires_grad for p in teacher.model.parameters()) and not teacher.model.training
+    assert not output(teacher, image)['one2many']['scores'].requires_grad
+    assert teacher.fingerprint() == before
+
+
+def test_loading_leaves_random_generators_alone(teacher_file, image):
+    path = teacher_file('yolov10n.yaml')
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    build_teacher(path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_one_branch_is_left_in_a_fused_file(tmp_path, teacher_file, image):
+    model = load_model(teacher_file('yolo26n.yaml'))
+    model.end2end = True
+    model.fuse(verbose=False)
+    torch.save({'model': model}, tmp_path / 'fused.pt')
+    found = output(build_teacher(str(tmp_path / 'fused.pt')), image)
+    expected = model(image)[1]['one2one']
+    assert set(found) == {'one2one'}
+    torch.testing.assert_close(found['one2one']['scores'], expected['scores'], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('size', [(96, 160), (64, 64), (32, 96)])
+def test_padding_for_a_deeper_pyramid_is_cut_off(teacher_file, size):
+    """A stride-64 teacher on sides that only 32 divides: its cells keep their places."""
+    path = teacher_file('yolov8n-p6.yaml')
+    teacher = build_teacher(path)
+    head = head_of(teacher.model)
+    h, w = size
+    image = torch.rand(1, 3, h, w)
+    raw = select_branch(output(teacher, image))
+    sizes, strides = [tuple(f.shape[-2:]) for f in raw['feats']], head.stride.tolist()
+    wanted = {s: (h // s, w // s) for s in (8, 16, 32)}
+    cut = read(head, crop_levels(raw, sizes, strides, wanted), training=False)
+    assert cut.level_sizes[:3] == tuple(wanted.values())
+    padded = torch.full((1, 3, h + -h % 64, w + -w % 64), 114 / 255)
+    padded[:, :, :h, :w] = image
+    whole = read(head, select_branch(output(teacher, padded)), training=False)
+    # Position by position: the cell whose centre is the same pixel.
+    index = {
+        place: i
+        for i, place in enumerate(zip(map(tuple, whole.points.tolist()), whole.stride_of[:, 0].tolist(), strict=True))
+    }
+    keep = [index[place] for place in zip(map(tuple, cut.points.tolist()), cut.stride_of[:, 0].tolist(), strict=True)]
+    torch.testing.assert_close(cut.cls, whole.cls[:, keep])
+    torch.testing.assert_close(cut.ltrb, whole.ltrb[:, keep])
+    assert crop_levels(raw, sizes, strides, {}) is raw
+
+
+def test_follows_precision_and_memory_format(teacher_file, build, image):
+    teacher = build_teacher(teacher_file('yolo11n.yaml'))
+    exact = output(teacher, image)['one2many']['scores']
+    student = copy.deepcopy(build('yolo11n.yaml'))
+    assert follow(teacher, image, student) is image and teacher.dtype == torch.float32
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cast = follow(teacher, image, student)
+        half = output(teacher, cast)['one2many']['scores']
+    assert teacher.dtype == cast.dtype == half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().mean() < 0.1
+    follow(teacher, image, student.to(memory_format=torch.channels_last))
+    weight = teacher.model.model[1].conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and teacher.dtype == torch.float32
+    # There and back through bfloat16 rounds the weights; the run never goes back.
+    assert (output(teacher, image)['one2many']['scores'] - exact).abs().mean() < 0.1
+
+
+class Exploit:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.target}',)
+
+
+def test_a_file_cannot_run_code(tmp_path):
+    torch.save({'model': Exploit(tmp_path / 'ran')}, tmp_path / 'evil.pt')
+    with pytest.raises(DistillError, match=r"evil.pt' .* cannot be loaded: .*trusted=True"):
+        load_model(str(tmp_path / 'evil.pt'))
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_damaged_files(tmp_path, teacher_file):
+    good = open(teacher_file('yolo11n.yaml'), 'rb').read()
+    for name, content in (('cut.pt', good[: len(good) // 2]), ('empty.pt', b''), ('text.pt', b'not a model')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DistillError, match=rf'{name}.*cannot be loaded'):
+            load_model(str(tmp_path / name))
+    torch.save({'state_dict': {'a': torch.zeros(1)}}, tmp_path / 'mmdet.pt')
+    with pytest.raises(DistillError, match='holds no Ultralytics model'):
+        load_model(str(tmp_path / 'mmdet.pt'))
+
+
+def test_nan_weights_are_refused(tmp_path, teacher_file):
+    model = load_model(teacher_file('yolo11n.yaml'))
+    model.model[3].conv.weight.data[0] = float('nan')
+    torch.save({'model': model}, tmp_path / 'nan.pt')
+    with pytest.raises(DistillError, match=r"NaN or infinite weights in 'model.3.conv.weight'"):
+        load_model(str(tmp_path / 'nan.pt'))
+
+
+def test_ema_is_the_teacher_of_an_unfinished_run(tmp_path, teacher_file):
+    first, second = (load_model(teacher_file('yolo11n.yaml', seed=s)) for s in (1, 2))
+    torch.save({'model': first, 'ema': second}, tmp_path / 'last.pt')
+    loaded = load_model(str(tmp_path / 'last.pt'))
+    assert torch.equal(loaded.model[0].conv.weight, second.model[0].conv.weight)
+
+
+def test_find_teacher(tmp_path, teacher_file, monkeypatch):
+    path = teacher_file('yolo11n.yaml', name='best.pt')
+    monkeypatch.chdir(tmp_path)
+    assert find_teacher('best.pt') == path and find_teacher(path) == path
+    for given, message in (
+        ('besst.pt', r"does not exist; in '.': did you mean 'best.pt'"),
+        ('runs/none/best.pt', "neither does the folder 'runs/none'"),
+        ('yolo11n.yaml', 'not a .pt file'),
+        ('', 'must be the path'),
+        (None, 'must be the path'),
+        (3, 'must be the path'),
+    ):
+        with pytest.raises(DistillError, match=message):
+            find_teacher(given)
+    (tmp_path / 'folder.pt').mkdir()
+    with pytest.raises(DistillError, match='is a folder'):
+        find_teacher('folder.pt')
+
+
+def test_official_names_are_fetched_before_training(monkeypatch, tmp_path):
+    import ultralytics.utils.downloads as downloads
+
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def attempt(name):
+        asked.append(name)
+        (tmp_path / 'fetched.pt').write_bytes(b'x')
+        return str(tmp_path / 'fetched.pt')
+
+    monkeypatch.setattr(downloads, 'attempt_download_asset', attempt)
+    assert find_teacher('yolo11x.pt') == str(tmp_path / 'fetched.pt') and asked == ['yolo11x.pt']
+    monkeypatch.setattr(downloads, 'attempt_download_asset', lambda name: 1 / 0)
+    with pytest.raises(DistillError, match=r"'yolo11x.pt' could not be downloaded"):
+        find_teacher('yolo11x.pt')
