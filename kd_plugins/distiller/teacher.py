@@ -161,8 +161,7 @@ def load_strictly(
             if keys:
                 shown = ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
                 parts.append(f'{len(keys)} of {count} keys {label} ({shown})')
-        matching = len(own) - len(missing) - len(mismatched)
-        if matching == 0:
+        if not any(k in state and state[k].shape == own[k].shape for k in own):
             advice = 'it belongs to another architecture: check teacher.config and teacher.checkpoint.'
         else:
             advice = (
@@ -172,7 +171,8 @@ def load_strictly(
         raise DistillError(
             f'Teacher checkpoint {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}'
         )
-    result = model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)
+    # Not strict=True: it would refuse the keys that may be missing.
+    result = model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     left = [k for k in result.missing_keys if k not in missing and not k.endswith('num_batches_tracked')]
     if left or result.unexpected_keys:
         raise DistillError(
