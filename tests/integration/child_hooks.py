@@ -1,0 +1,68 @@
+"""Hooks for runs in child processes; imported through ``custom_imports``."""
+
+import os
+import signal
+
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from tests.integration.lab import hurry, weights
+
+hurry()
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # MMEngine's pytorch launcher calls it whatever the backend is.
+    torch.cuda.set_device = lambda device: None
+
+
+@HOOKS.register_module()
+class KillAt(Hook):
+    """Kills this very process, as the system does, after an iteration."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if runner.iter + 1 == self.iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class Dump(Hook):
+    """Writes losses and gradients of every iteration and the final weights, one file per rank."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.logs, self.gradients, self.iterations = [], [], []
+
+    def before_train(self, runner) -> None:
+        model = getattr(runner.model, 'module', runner.model)
+
+        def keep(optimizer, args, kwargs):
+            self.gradients.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        self.iterations.append(runner.iter)
+        self.logs.append({k: float(v) for k, v in outputs.items()})
+
+    def after_train(self, runner) -> None:
+        model = getattr(runner.model, 'module', runner.model)
+        bank = getattr(model, 'kd_adapters', None)
+        torch.save(
+            dict(
+                weights=weights(runner),
+                adapters=bank.export_state() if bank is not None else {},
+                gradients=self.gradients,
+                logs=self.logs,
+                iterations=self.iterations,
+                wrapper=type(runner.model).__name__,
+                parameters=[tuple(p.shape) for p in runner.model.parameters()],
+            ),
+            f'{self.path}{get_rank()}',
+        )
