@@ -1,6 +1,6 @@
 """YOLOX on scenes of real handwritten digits (tools/prepare_digits.py): data, evaluation, schedule for two CPU cores.
 
-Children set the width of the model and ``max_epochs``. ``DIGITS_ROOT`` in the environment names another folder.
+Children set the width of the model and ``train_cfg.max_epochs``. ``DIGITS_ROOT`` in the environment names another folder.
 """
 
 _base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
@@ -70,22 +70,14 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
-max_epochs = 30
-train_cfg = dict(max_epochs=max_epochs, val_interval=5)
+train_cfg = dict(max_epochs=30, val_interval=5)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.002, weight_decay=0.01), clip_grad=dict(max_norm=35.0)
 )
+# Without T_max and end the cosine ends with the run, so that max_epochs is all there is to change.
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=60),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=2e-5,
-        by_epoch=True,
-        begin=1,
-        T_max=max_epochs - 1,
-        end=max_epochs,
-        convert_to_iter_based=True,
-    ),
+    dict(type='LinearLR', start_factor=0.05, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min=2e-5, by_epoch=True, begin=0, convert_to_iter_based=True),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
 # A run of about 2000 steps: the average reaches back 100 steps, not the 10,000 of the COCO schedule.

@@ -1,4 +1,4 @@
-"""The teacher of the demo: YOLOX-tiny."""
+"""The teacher of the demo: a YOLOX twice as wide as the student."""
 
 _base_ = '../_base_/digits_yolox.py'
 model = dict(

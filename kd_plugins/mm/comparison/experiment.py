@@ -248,7 +248,7 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
         },
         dataset=_dataset(comparison.student_config.test_dataloader),
         scenes=comparison.scenes,
-        facts=_facts(comparison, tests.values(), trainings.values()),
+        facts=_facts(comparison),
     )
     display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
     return results
@@ -348,9 +348,9 @@ def _data_hashes(config: Config) -> dict[str, str]:
     return hashes
 
 
-def _facts(comparison: Comparison, tests: Any, trainings: Any) -> dict[str, str]:
+def _facts(comparison: Comparison) -> dict[str, str]:
     """What a reader needs to judge or repeat the figures."""
-    facts = {
+    return {
         'teacher': comparison.teacher
         + (f', weights {comparison.teacher_checkpoint}' if comparison.teacher_checkpoint else ', trained here'),
         'student': comparison.student,
@@ -360,4 +360,3 @@ def _facts(comparison: Comparison, tests: Any, trainings: Any) -> dict[str, str]
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
         'torch': torch.__version__,
     }
-    return facts

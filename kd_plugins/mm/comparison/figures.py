@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
 
 from kd_plugins.mm.comparison.logs import History
@@ -21,17 +22,19 @@ from kd_plugins.mm.comparison.logs import History
 COLORS = ('#1f6fb4', '#d9541e', '#2f9e44', '#8e44ad', '#b8860b', '#16a0a0')  # plain first, then the distilled ones
 TEACHER = '#6b7280'
 RIGHT, WRONG, MISSED = '#22c55e', '#ff3b30', '#ffd60a'
+OUTLINE = [Stroke(linewidth=2.6, foreground='black'), Normal()]  # so that every colour shows on every background
+DASHES = (0, (2, 1.5))
 SCORE = 0.3  # detections below it are not drawn
 IOU = 0.5  # from which a detection has found an object
 
 
-def save(figure: Figure, path: Path, dpi: int = 110, colors: int = 256) -> None:
-    """Save as a PNG with a palette: a third of the size, and no difference that shows."""
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """Save as a PNG with a palette: a third of the size, and hardly a difference that shows."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(dpi)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
-    picture.quantize(colors, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 def draw_curves(
@@ -62,6 +65,8 @@ def draw_curves(
     left.set(title="Student's own loss (without distillation terms)", xlabel=unit, ylabel='loss')
     right.set(title='Validation', xlabel=unit, ylabel='COCO mAP (%)')
     right.set_ylim(bottom=0)
+    right.set_xlim(left=0)
+    left.set_xlim(left=0)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[['top', 'right']].set_visible(False)
@@ -206,7 +211,7 @@ def draw_detections(
     legend = [
         Line2D([], [], color=RIGHT, linewidth=2, label=f'right (class, IoU >= {IOU:g})'),
         Line2D([], [], color=WRONG, linewidth=2, label='wrong'),
-        Line2D([], [], color=MISSED, linewidth=2, linestyle=(0, (2, 1.5)), label='missed'),
+        Line2D([], [], color=MISSED, linewidth=2, linestyle=DASHES, path_effects=OUTLINE, label='missed'),
     ]
     figure.legend(
         handles=legend,
@@ -224,10 +229,10 @@ def draw_detections(
 def _draw_boxes(axes: Any, objects: Objects, colors: Sequence[str], classes: Sequence[str] | None) -> None:
     for k, (box, label, color) in enumerate(zip(objects.boxes, objects.labels, colors, strict=True)):
         x, y = box[:2]
-        style = (0, (2, 1.5)) if classes is None else '-'
-        axes.add_patch(
-            Rectangle((x, y), box[2] - x, box[3] - y, fill=False, edgecolor=color, linewidth=1.3, linestyle=style)
-        )
+        frame = Rectangle((x, y), box[2] - x, box[3] - y, fill=False, edgecolor=color, linewidth=1.4)
+        frame.set_linestyle(DASHES if classes is None else '-')
+        frame.set_path_effects(OUTLINE)
+        axes.add_patch(frame)
         if classes is None:
             continue
         text = classes[label] if objects.scores is None else f'{classes[label]} {100 * objects.scores[k]:.0f}'

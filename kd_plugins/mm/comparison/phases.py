@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,12 +93,16 @@ class Phase:
 
 
 class Display:
-    """Progress of the phases that run: one line that is rewritten on a terminal, a line now and then elsewhere."""
+    """Progress of the phases that run: lines that are rewritten on a terminal, lines now and then elsewhere.
+
+    Args:
+        stream: Where to; default standard output.
+    """
 
     def __init__(self, stream: Any = None) -> None:
         self.stream = stream or sys.stdout
-        self.live = self.stream.isatty()
-        self._width = 0
+        self.live = self.stream.isatty() and os.environ.get('TERM') != 'dumb'
+        self._shown = 0
         self._last = 0.0
 
     def say(self, text: str) -> None:
@@ -104,32 +110,31 @@ class Display:
         self._clear()
         print(text, file=self.stream, flush=True)
 
-    def show(self, text: str) -> None:
-        """Show where things are."""
+    def show(self, lines: Sequence[str]) -> None:
+        """Show where things are, one line for each."""
         if self.live:
-            try:
-                columns = os.get_terminal_size(self.stream.fileno()).columns
-            except OSError:
-                columns = 100
-            text = text[: max(columns - 1, 20)]
-            self.stream.write('\r' + text.ljust(self._width))
+            # A line that wraps could not be taken back.
+            columns = shutil.get_terminal_size().columns - 1
+            self._clear()
+            self.stream.write(''.join(f'{line[:columns]}\n' for line in lines))
             self.stream.flush()
-            self._width = len(text)
+            self._shown = len(lines)
         elif time.monotonic() - self._last >= _LINE_EVERY:
             self._last = time.monotonic()
-            print(text, file=self.stream, flush=True)
+            print('\n'.join(lines), file=self.stream, flush=True)
 
     def _clear(self) -> None:
-        if self.live and self._width:
-            self.stream.write('\r' + ' ' * self._width + '\r')
-            self._width = 0
+        if self._shown:
+            self.stream.write(f'\x1b[{self._shown}A\x1b[J')
+            self._shown = 0
 
 
 class _Running:
     """A phase whose process runs."""
 
-    def __init__(self, phase: Phase, resume: bool) -> None:
+    def __init__(self, phase: Phase, resume: bool, width: int) -> None:
         self.phase = phase
+        self.width = width
         self.began = time.monotonic()
         self.first: tuple[float, float] | None = None  # (seconds, fraction) when it first said where it is
         phase.mark(started=time.time())
@@ -163,19 +168,19 @@ class _Running:
 
     def text(self) -> str:
         progress, elapsed = self.phase.progress, time.monotonic() - self.began
-        parts = [f'{self.phase.title} {progress.done:4.0%}']
+        parts = [f'{self.phase.title:<{self.width}} {progress.done:4.0%}']
         if progress.epoch:
             parts.append(f'epoch {progress.epoch}/{self.phase.max_epochs}')
         if progress.loss is not None:
             parts.append(f'loss {progress.loss:.2f}')
         if progress.metric is not None:
             parts.append(f'mAP {progress.metric:.3f}')
-        left = '--:--'
+        left = ''
         if self.first and progress.done > self.first[1]:
             # From the first sign on: start-up is not part of the pace, and a resumed run did not start at 0.
             pace = (elapsed - self.first[0]) / (progress.done - self.first[1])
-            left = clock(pace * (1 - progress.done))
-        parts.append(f'{clock(elapsed)} + {left}')
+            left = f', {clock(pace * (1 - progress.done))} left'
+        parts.append(clock(elapsed) + left)
         return '  '.join(parts)
 
     def stop(self) -> None:
@@ -201,11 +206,13 @@ def run_phases(phases: Sequence[Phase], display: Display, jobs: int = 1) -> None
         DistillError: A phase failed; its message ends with the tail of its log.
     """
     waiting, running = list(phases), list[_Running]()
+    # Whoever ends us ends the trainings too: they run in groups of their own.
+    before = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 phase = waiting.pop(0)
-                started = _start(phase, display)
+                started = _start(phase, display, max(len(p.title) for p in phases))
                 if started:
                     running.append(started)
             for item in list(running):
@@ -224,14 +231,23 @@ def run_phases(phases: Sequence[Phase], display: Display, jobs: int = 1) -> None
                 item.phase.mark(done=True, seconds=seconds)
                 display.say(f'{item.phase.title}: done in {clock(seconds)}{_closing(item.phase)}')
             if running:
-                display.show('   |   '.join(item.text() for item in running))
+                display.show([item.text() for item in running])
                 time.sleep(0.5)
+    except KeyboardInterrupt:
+        display.say('interrupted; the same command goes on from the last checkpoint')
+        raise SystemExit(130) from None
     finally:
         for item in running:
             item.stop()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _start(phase: Phase, display: Display) -> _Running | None:
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _start(phase: Phase, display: Display, width: int) -> _Running | None:
     state = phase.state()
     if state == 'done':
         display.say(f'{phase.title}: already done, kept ({phase.folder})')
@@ -240,7 +256,7 @@ def _start(phase: Phase, display: Display) -> _Running | None:
         display.say(f'{phase.title}: settings have changed, earlier run kept in {phase.set_aside()}')
     elif state == 'started' and phase.mode == 'train':
         display.say(f'{phase.title}: interrupted earlier, resumed')
-    return _Running(phase, resume=state == 'started' and phase.mode == 'train')
+    return _Running(phase, state == 'started' and phase.mode == 'train', width)
 
 
 def _closing(phase: Phase) -> str:

@@ -1,0 +1,107 @@
+"""A miniature comparison from data to report, through the same tools as `make demo`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kd_plugins.data import prepare_digits
+from kd_plugins.mm.comparison.logs import find_metric, read_history
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "terms = dict(logits=dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head'))"
+SHORT = ('train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'default_hooks.logger.interval=1')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp('data') / 'digits', train=24, val=8, size=96, progress=False)
+
+
+@pytest.fixture(scope='module')
+def command(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('comparison')
+    (folder / 'logit.py').write_text(RECIPE)
+    return folder / 'runs', [
+        *(sys.executable, str(ROOT / 'tools' / 'compare.py'), '--jobs', '2', '--seeds', '2'),
+        *('--teacher', str(ROOT / 'configs/det/digits_yolox_teacher.py'), '--teacher-cfg-options', *SHORT),
+        *('--student', str(ROOT / 'configs/det/digits_yolox_student.py'), '--cfg-options', *SHORT),
+        *('--kd', str(folder / 'logit.py'), '--work-dir', str(folder / 'runs')),
+    ]
+
+
+def call(command, data, monkeypatch):
+    monkeypatch.setenv('DIGITS_ROOT', f'{data}/')
+    return subprocess.run(command, capture_output=True, text=True, timeout=800)
+
+
+@pytest.mark.slow
+def test_from_data_to_report(command, data, monkeypatch):
+    runs, command = command
+    done = call(command, data, monkeypatch)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    for cell in ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint', 'teacher', 'plain', 'logit'):
+        assert cell in done.stdout
+    assert 'over 2 seeds' in done.stdout
+
+    results = json.loads((runs / 'results.json').read_text())['arms']
+    assert set(results) == {'teacher', 'plain', 'distilled: logit'}
+    assert [r['seed'] for r in results['plain']['runs']] == [0, 1]
+    assert all(r['seconds'] > 0 for arm in results.values() for r in arm['runs'])
+    assert results['teacher']['parameters'] > results['plain']['parameters']
+    # The promise to users: the distilled checkpoint is a plain student's.
+    sizes = [r['size'] for name in ('plain', 'distilled: logit') for r in results[name]['runs']]
+    assert max(sizes) < 1.01 * min(sizes)
+
+    page = (runs / 'report.html').read_text()
+    for picture in ('curves.png', 'detections.png'):
+        assert picture in page
+        with Image.open(runs / picture) as image:
+            assert image.width > 500
+        assert (runs / picture).stat().st_size < 1_000_000
+
+    for arm in ('plain', 'logit'):
+        for seed in (0, 1):
+            folder = runs / f'seed{seed}' / arm
+            history = read_history(folder / 'train')
+            assert ('loss_kd_logits' in history.train[1]) == (arm == 'logit')
+            # The checkpoint on disk is the model that was validated last.
+            (metrics,) = (folder / 'test').glob('*/*.json')
+            tested = find_metric(json.loads(metrics.read_text()), 'bbox_mAP')
+            validated = find_metric(history.val.get(2, {}), 'bbox_mAP')
+            assert tested == pytest.approx(validated, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_second_call_trains_nothing(command, data, monkeypatch):
+    runs, command = command
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob('*.pth')}
+    assert before, 'the first test has run'
+    done = call(command, data, monkeypatch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('already done') == 10  # 5 trainings, 5 evaluations
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob('*.pth')} == before
+
+
+def test_refuses_before_anything_runs(tmp_path):
+    config = tmp_path / 'no_coco.py'
+    config.write_text(
+        f"_base_ = '{ROOT}/configs/det/digits_yolox_student.py'\n"
+        "val_evaluator = dict(_delete_=True, type='VOCMetric')\ntest_evaluator = val_evaluator\n"
+    )
+    tool = [sys.executable, str(ROOT / 'tools' / 'compare.py'), '--work-dir', str(tmp_path / 'runs')]
+    teacher = ['--teacher', str(ROOT / 'configs/det/digits_yolox_teacher.py')]
+    for options, words in (
+        ([*teacher, '--student', str(config), '--kd', 'yolo_logit'], 'CocoMetric'),
+        ([*teacher, '--student', str(config), '--kd', 'yolo_logits'], "did you mean 'yolo_logit'"),
+        ([*teacher, '--student', 'nowhere.py', '--kd', 'yolo_logit'], 'nowhere.py'),
+        ([*teacher, '--student', str(config), '--kd', 'yolo_logit', '--seeds', '0'], '--seeds must be at least 1'),
+    ):
+        done = subprocess.run([*tool, *options], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1
+        assert words in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'runs').exists()

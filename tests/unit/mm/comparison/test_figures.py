@@ -1,0 +1,94 @@
+"""What the pictures call right, wrong and missed is what COCO does at IoU 0.5."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from kd_plugins.mm.comparison.figures import (
+    Objects,
+    choose_images,
+    draw_curves,
+    draw_detections,
+    iou,
+    judge,
+    read_ground_truth,
+    task_loss,
+)
+from kd_plugins.mm.comparison.logs import History
+
+
+def objects(*boxes, labels, scores=None):
+    scores = None if scores is None else np.array(scores)
+    return Objects(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), scores)
+
+
+def test_iou():
+    a, b = np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [5, 5, 6, 6], [0, 0, 2, 2]])
+    assert np.allclose(iou(a, b), [[1 / 3, 0, 1]])
+
+
+def test_judge():
+    truth = objects([0, 0, 10, 10], [20, 20, 30, 30], labels=[1, 2])
+    found = objects(
+        [0, 0, 10, 9],  # right, but a better scored one took the object
+        [0, 0, 10, 10],  # right
+        [20, 20, 30, 30],  # wrong class
+        [50, 50, 60, 60],  # nothing there
+        labels=[1, 1, 1, 2],
+        scores=[0.6, 0.9, 0.8, 0.7],
+    )
+    right, missed = judge(found, truth)
+    assert right.tolist() == [False, True, False, False]
+    assert missed.tolist() == [False, True]
+
+
+def test_judge_of_nothing():
+    right, missed = judge(objects(labels=[], scores=[]), objects([0, 0, 1, 1], labels=[0]))
+    assert right.size == 0 and missed.tolist() == [True]
+    right, missed = judge(objects([0, 0, 1, 1], labels=[0], scores=[0.5]), objects(labels=[]))
+    assert right.tolist() == [False] and missed.size == 0
+
+
+def test_ground_truth_maps_classes_by_name(tmp_path):
+    coco = dict(
+        categories=[dict(id=7, name='b'), dict(id=9, name='a'), dict(id=1, name='not used')],
+        images=[dict(id=1), dict(id=2)],
+        annotations=[
+            dict(image_id=1, category_id=7, bbox=[1, 2, 3, 4], iscrowd=0),
+            dict(image_id=1, category_id=9, bbox=[0, 0, 1, 1], iscrowd=1),
+            dict(image_id=1, category_id=1, bbox=[0, 0, 1, 1]),
+        ],
+    )
+    (tmp_path / 'a.json').write_text(json.dumps(coco))
+    truth = read_ground_truth(tmp_path / 'a.json', ('a', 'b'))
+    assert truth[1].boxes.tolist() == [[1, 2, 4, 6]] and truth[1].labels.tolist() == [1]
+    assert truth[2].boxes.shape == (0, 4)
+
+
+def test_images_are_spread_and_do_not_depend_on_detections():
+    truth = {i: objects([0, 0, 1, 1], labels=[0]) for i in range(100)}
+    assert choose_images(truth, 5) == [10, 30, 50, 70, 90]
+    assert choose_images({3: objects(labels=[])}, 5) == [3]
+
+
+def test_own_loss_is_without_distillation():
+    history = History(train={10: dict(loss=5.0, loss_kd_logits=2.0, epoch=1), 20: dict(loss=4.0, epoch=2)})
+    assert task_loss(history)[1] == [3.0, 4.0]
+
+
+def test_pictures_are_written_and_small(tmp_path):
+    history = History(
+        train={i: dict(loss=10 / i, epoch=1 + i // 50, time=0.1) for i in range(1, 100)},
+        val={1: {'coco/bbox_mAP': 0.1}, 2: {'coco/bbox_mAP': 0.2}},
+    )
+    draw_curves(tmp_path / 'c.png', {'plain': [history], 'distilled': [history]}, 0.4, 'coco/bbox_mAP')
+    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'scene.png')
+    found = {1: (str(tmp_path / 'scene.png'), objects([5, 5, 50, 50], labels=[0], scores=[0.9]))}
+    truth = {1: objects([5, 5, 52, 50], [60, 0, 90, 20], labels=[0, 1])}
+    draw_detections(tmp_path / 'd.png', truth, {'teacher': found, 'plain': found}, [1], ('cat', 'dog'))
+    for name in ('c.png', 'd.png'):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 500
+        assert (tmp_path / name).stat().st_size < 400_000

@@ -1,0 +1,103 @@
+"""A finished phase is kept, an interrupted one resumed, one with other settings set aside, a failed one explained."""
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from kd_plugins.errors import DistillError
+from kd_plugins.mm.comparison.phases import MARKER, Display, Phase, clock, run_phases
+
+# Writes down how it was called; lines look like MMEngine's.
+SCRIPT = """
+import pathlib, sys
+with open(pathlib.Path(sys.argv[1]) / 'calls', 'a') as f:
+    print('resumed' if '--resume' in sys.argv else 'fresh', file=f)
+print('Epoch(train) [1][5/10]  loss: 2.5')
+print('Epoch(val) [1][1/1]  coco/bbox_mAP: 0.1230')
+"""
+
+
+def phase(folder, script=SCRIPT, **settings):
+    return Phase('train it', folder, [sys.executable, '-c', script, str(folder)], settings or {'a': 1}, max_epochs=1)
+
+
+def run(*phases, jobs=1):
+    stream = io.StringIO()
+    run_phases(phases, Display(stream), jobs)
+    return stream.getvalue()
+
+
+def calls(folder):
+    return (folder / 'calls').read_text().split()
+
+
+def test_done_once(tmp_path):
+    folder = tmp_path / 'a'
+    said = run(phase(folder))
+    assert 'train it: done in' in said and 'mAP 0.123' in said
+    assert json.loads((folder / MARKER).read_text())['done'] is True
+    assert 'already done' in run(phase(folder))
+    assert calls(folder) == ['fresh']
+
+
+def test_interrupted_is_resumed(tmp_path):
+    folder = tmp_path / 'a'
+    phase(folder).mark()
+    assert 'resumed' in run(phase(folder))
+    assert calls(folder) == ['resumed']
+    assert 'already done' in run(phase(folder))
+
+
+def test_other_settings_run_again_and_lose_nothing(tmp_path):
+    folder = tmp_path / 'a'
+    run(phase(folder, a=1))
+    assert 'settings have changed' in run(phase(folder, a=2))
+    assert calls(folder) == ['fresh']
+    (kept,) = (p for p in tmp_path.iterdir() if p != folder)
+    assert kept.name.startswith('a.') and calls(kept) == ['fresh']
+
+
+def test_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / 'thesis.txt').write_text('mine')
+    with pytest.raises(DistillError, match='no comparison wrote'):
+        run(phase(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ['thesis.txt']
+
+
+def test_failure_shows_the_end_of_the_log(tmp_path):
+    folder = tmp_path / 'a'
+    with pytest.raises(DistillError, match=r'(?s)train it failed \(exit status 3\).*train\.log.*boom'):
+        run(phase(folder, "print('boom'); raise SystemExit(3)"))
+    # It counts as interrupted: after the cause is mended the run goes on.
+    assert phase(folder).state() == 'started'
+
+
+def test_a_failure_ends_the_others(tmp_path):
+    slow = phase(tmp_path / 'slow', 'import time; time.sleep(60)')
+    began = time.monotonic()
+    with pytest.raises(DistillError, match='failed'):
+        run(slow, phase(tmp_path / 'bad', 'raise SystemExit(1)'), jobs=2)
+    assert time.monotonic() - began < 30
+    assert slow.state() == 'started'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_whoever_ends_it_ends_the_training(tmp_path, number):
+    slow = phase(tmp_path / 'slow', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)')
+    threading.Timer(3, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(SystemExit) as left:
+        run(slow)
+    assert left.value.code == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(slow.log.read_text()), 0)
+    assert slow.state() == 'started'
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 61, 3661)] == ['0:00', '1:01', '1:01:01']
