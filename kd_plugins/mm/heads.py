@@ -7,8 +7,10 @@ head's own ``predict_by_feat``. All decoding is in float32 and differentiable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from kd_plugins.predictions import DensePredictions, register_reader
 Maps = Sequence[Tensor]  # one (B, channels, h, w) map per level
 
 
-class Grid(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Grid:
     """The levels of one head on one input, in ascending order of stride.
 
     Attributes:
@@ -28,6 +31,8 @@ class Grid(NamedTuple):
         strides: Stride of every level in pixels.
         priors: ``(A, 2)`` points or ``(A, 4)`` anchor boxes, in pixels, float32.
         num_priors: Priors per location.
+        centers: ``(A, 2)`` points, or the anchors' centres.
+        stride_of: ``(A, 1)`` stride of every position.
     """
 
     order: tuple[int, ...]
@@ -35,25 +40,18 @@ class Grid(NamedTuple):
     strides: tuple[float, ...]
     priors: Tensor
     num_priors: int
-
-    @property
-    def stride_of(self) -> Tensor:
-        """``(A, 1)`` stride of every position."""
-        lengths = [h * w * self.num_priors for h, w in self.sizes]
-        return torch.cat([self.priors.new_full((n, 1), s) for n, s in zip(lengths, self.strides, strict=True)])
-
-    @property
-    def centers(self) -> Tensor:
-        """``(A, 2)`` points, or the anchors' centres."""
-        return self.priors if self.priors.shape[-1] == 2 else (self.priors[:, :2] + self.priors[:, 2:]) / 2
+    centers: Tensor
+    stride_of: Tensor
 
     def flatten(self, maps: Maps, channels: int) -> Tensor:
         """``(B, A, channels)`` of per-level ``(B, num_priors * channels, h, w)`` maps, in float32."""
-        flat = []
-        for i in self.order:
-            level = maps[i]
-            flat.append(level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, channels))
-        result = torch.cat(flat, 1)
+        levels = [maps[i] for i in self.order]
+        if self.num_priors == 1:
+            # One copy in all; the last two dimensions are swapped in memory, which no loss minds.
+            result = torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2)
+        else:
+            flat = [level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, channels) for level in levels]
+            result = torch.cat(flat, 1)
         return result if result.dtype == torch.float64 else result.float()
 
     def ltrb(self, boxes: Tensor) -> Tensor:
@@ -204,11 +202,20 @@ def _grid(head: nn.Module, maps: Maps) -> Grid:
     Raises:
         DistillError: Strides are not square or repeat, or levels have different numbers of priors.
     """
-    generator = head.prior_generator
-    name = type(head).__name__
+    sizes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in maps)
+    dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32
+    return _make_grid(type(head).__name__, head.prior_generator, sizes, dtype, maps[0].device)
+
+
+# Cached: every level takes a dozen small kernels, anchors a copy to the GPU that the host waits for. Room for two heads
+# at the sizes of multi-scale training, but not for hundreds of anchor sets (RetinaNet's take 5 MB at 1333 x 800).
+@functools.lru_cache(maxsize=32)
+def _make_grid(
+    name: str, generator: Any, sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Grid:
     pairs = [tuple(float(s) for s in pair) for pair in generator.strides]
-    if len(pairs) != len(maps):
-        raise DistillError(f'{name} returned {len(maps)} levels but has priors for {len(pairs)}.')
+    if len(pairs) != len(sizes):
+        raise DistillError(f'{name} returned {len(sizes)} levels but has priors for {len(pairs)}.')
     if any(x != y for x, y in pairs):
         raise DistillError(f'{name} has non-square strides {pairs}, which cannot be distilled.')
     counts = sorted(set(generator.num_base_priors))
@@ -218,16 +225,20 @@ def _grid(head: nn.Module, maps: Maps) -> Grid:
     if len(set(strides)) != len(strides):
         raise DistillError(f'{name} has levels of equal stride {strides}, which cannot be distilled.')
     order = tuple(sorted(range(len(strides)), key=strides.__getitem__))
-    sizes: list[tuple[int, int]] = [(int(m.shape[-2]), int(m.shape[-1])) for m in maps]
-    dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32
-    priors = generator.grid_priors(sizes, dtype=dtype, device=maps[0].device)
-    return Grid(
-        order=order,
-        sizes=tuple(sizes[i] for i in order),
-        strides=tuple(strides[i] for i in order),
-        priors=torch.cat([_tensor(priors[i]) for i in order]),
-        num_priors=counts[0],
-    )
+    # Tensors made in inference mode could not be used in a graph later.
+    with torch.inference_mode(False):
+        found = generator.grid_priors(list(sizes), dtype=dtype, device=device)
+        priors = torch.cat([_tensor(found[i]) for i in order])
+        lengths = [sizes[i][0] * sizes[i][1] * counts[0] for i in order]
+        return Grid(
+            order=order,
+            sizes=tuple(sizes[i] for i in order),
+            strides=tuple(strides[i] for i in order),
+            priors=priors,
+            num_priors=counts[0],
+            centers=priors if priors.shape[-1] == 2 else (priors[:, :2] + priors[:, 2:]) / 2,
+            stride_of=torch.cat([priors.new_full((n, 1), strides[i]) for n, i in zip(lengths, order, strict=True)]),
+        )
 
 
 def _activation(head: nn.Module) -> str:

@@ -35,6 +35,7 @@ class TeacherInputs:
         self.scale = (std / theirs.std).float().view(1, -1, 1, 1)
         self.shift = ((mean - theirs.mean) / theirs.std).float().view(1, -1, 1, 1)
         self.pad_value = theirs.pad_value
+        self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.same_values = not self.flip and bool(torch.equal(mean, theirs.mean) and torch.equal(std, theirs.std))
         self.same = self.same_values and ours.pad_value == theirs.pad_value
         self.description = 'same as student' if self.same else f'{theirs} (student: {ours})'
@@ -61,7 +62,8 @@ class TeacherInputs:
             result = inputs.clone()
         else:
             source = inputs.flip(1) if self.flip else inputs
-            result = source * self.scale.to(source) + self.shift.to(source)
+            scale, shift = self._on(source)
+            result = torch.addcmul(shift, source, scale)
         height, width = result.shape[-2:]
         for image, sample in zip(result, samples or (), strict=False):
             shape = getattr(sample, 'metainfo', {}).get('img_shape')
@@ -72,6 +74,13 @@ class TeacherInputs:
                 if w < width:
                     image[:, :, w:] = self.pad_value
         return result
+
+    def _on(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift like the images; moved once, because a copy from the CPU makes the host wait for the GPU."""
+        key = (images.device, images.dtype)
+        if key not in self._moved:
+            self._moved[key] = self.scale.to(images), self.shift.to(images)
+        return self._moved[key]
 
 
 def normalize(pixels: Tensor, preprocessor: nn.Module | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -140,7 +141,7 @@ def _to_positions(teacher: DensePredictions, student: DensePredictions) -> Dense
         return _rebase(teacher, student.points)
     if ours == 1:
         # Points first: every prior of a location then counts from the student's one point, whichever is picked.
-        return _most_confident(_rebase(teacher, student.points.repeat_interleave(theirs, 0)), student.points)
+        return _most_confident(_rebase(teacher, _repeated(student.points, theirs)), student.points)
     if theirs == 1:
         return _rebase(_repeat(teacher, ours), student.points)
     raise DistillError(
@@ -160,14 +161,26 @@ def _rebase(predictions: DensePredictions, points: Tensor) -> DensePredictions:
     """
     points = points.to(predictions.points)
     changes: dict[str, object] = {'points': points}
-    if predictions.ltrb is not None:
-        shift = (points - predictions.points) / predictions.stride_of
-        changes['ltrb'] = predictions.ltrb + torch.cat([shift, -shift], -1)
-    held = [n for n in ('dist', 'box') if getattr(predictions, n) is not None]
-    if held and (points - predictions.points).abs().amax() > _SAME_POINT:
+    if _moved(points, predictions.points):
+        if predictions.ltrb is not None:
+            shift = (points - predictions.points) / predictions.stride_of
+            changes['ltrb'] = predictions.ltrb + torch.cat([shift, -shift], -1)
+        held = [n for n in ('dist', 'box') if getattr(predictions, n) is not None]
         reason = "the teacher's points are not the student's, and only decoded boxes can be moved"
         changes.update(_without(predictions, held, reason))
     return predictions.replace(**changes)
+
+
+# The readers hand out the same points every time, and comparing them makes the host wait for the GPU. Tensors are
+# keys by identity.
+@functools.lru_cache(maxsize=16)
+def _moved(points: Tensor, others: Tensor) -> bool:
+    return points is not others and bool((points - others).abs().amax() > _SAME_POINT)
+
+
+@functools.lru_cache(maxsize=16)
+def _repeated(points: Tensor, k: int) -> Tensor:
+    return points.repeat_interleave(k, 0)
 
 
 def _most_confident(predictions: DensePredictions, points: Tensor) -> DensePredictions:
@@ -191,7 +204,7 @@ def _most_confident(predictions: DensePredictions, points: Tensor) -> DensePredi
 def _repeat(predictions: DensePredictions, k: int) -> DensePredictions:
     """``k`` priors per location, all with the one prediction that the location had."""
     changes = {n: v.repeat_interleave(k, 1) for n in FIELDS if (v := getattr(predictions, n)) is not None}
-    return predictions.replace(**changes, points=predictions.points.repeat_interleave(k, 0), num_priors=k)
+    return predictions.replace(**changes, points=_repeated(predictions.points, k), num_priors=k)
 
 
 def _without(predictions: DensePredictions, names: Sequence[str], reason: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ class DensePredictions:
 
     def confidence(self) -> Tensor:
         """``(B, A)`` highest class probability, times objectness where the head has one."""
-        best = self.class_probabilities().amax(-1)
+        # The sigmoid is monotonic: of the best class only.
+        best = self.cls.amax(-1).sigmoid() if self.activation == 'sigmoid' else self.class_probabilities().amax(-1)
         return best if self.obj is None else best * self.obj.sigmoid()[..., 0]
 
     def boxes(self) -> Tensor:
@@ -200,13 +202,13 @@ class DensePredictions:
         if not keep:
             raise DistillError(f'There is no level of stride {tuple(strides)}; the levels have {self.strides}.')
 
-        def pick(tensor: Tensor, dim: int) -> Tensor:
-            pieces = tensor.split(self.level_lengths, dim)
-            return torch.cat([pieces[i] for i in keep], dim)
+        def pick(tensor: Tensor) -> Tensor:
+            pieces = tensor.split(self.level_lengths, 1)
+            return torch.cat([pieces[i] for i in keep], 1)
 
         return self.replace(
-            **{n: pick(v, 1) for n in FIELDS if (v := getattr(self, n)) is not None},
-            points=pick(self.points, 0),
+            **{n: pick(v) for n in FIELDS if (v := getattr(self, n)) is not None},
+            points=_levels_of(self.points, self.level_lengths, tuple(keep)),
             level_sizes=tuple(self.level_sizes[i] for i in keep),
             strides=tuple(self.strides[i] for i in keep),
         )
@@ -231,6 +233,13 @@ class DensePredictions:
             rest = [i for i in range(total + 1) if i not in set(index)]
             kept = torch.cat([kept, self.cls[..., rest].logsumexp(-1, keepdim=True)], -1)
         return self.replace(cls=kept)
+
+
+# Cached, so that equal points stay the same tensor from one iteration to the next.
+@functools.lru_cache(maxsize=16)
+def _levels_of(points: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> Tensor:
+    pieces = points.split(lengths)
+    return torch.cat([pieces[i] for i in keep])
 
 
 def _logit(probability: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ def test_measures_a_pair(pair, recipe, form, tmp_path, capsys):
     assert all(len(result['seconds'][name]['all']) == 2 for name in VARIANTS)
     both = result['operators']['student'] + result['operators']['teacher']
     assert both < result['operators']['distilled'] < 1.5 * both
-    assert result['waiting']['teacher'] == 0
+    waiting = result['waiting']
+    assert waiting['teacher'] == 0
+    assert waiting['distilled'] == waiting['student'], 'distillation makes the host wait for the GPU'
     shown = capsys.readouterr().out
     assert table(result) in shown
     assert f'{form} form' in shown and 'aim <= 1.05' in shown

@@ -403,3 +403,18 @@ def test_the_readers_import_no_framework():
     code = f'import runpy, sys; runpy.run_path({path!r}); print({{"mmdet", "mmcv", "mmengine"}} & set(sys.modules))'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == 'set()'
+
+
+@pytest.mark.parametrize('name', ['yolox', 'atss'])
+def test_priors_are_made_once_per_size_and_survive_inference_mode(name):
+    head = build(name)
+    inputs = [torch.rand(1, CHANNELS, 32 >> i, 32 >> i) for i in range(len(head.prior_generator.strides))]
+    with torch.inference_mode():
+        first = read(head, head(inputs), training=True)
+    again = read(head, head(inputs), training=True)
+    assert again.points is first.points
+    again.ltrb.sum().backward()
+    smaller = read(head, head([x[..., : max(x.shape[-1] // 2, 1)] for x in inputs]), training=True)
+    assert len(smaller.points) < len(first.points)
+    other = build(name)
+    assert torch.equal(read(other, other(inputs), training=True).points, first.points)

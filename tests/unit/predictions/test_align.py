@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kd_plugins.errors import DistillError
+from kd_plugins.measure import Operators
 from kd_plugins.predictions import DensePredictions, align, match_classes
 
 LEVELS = {8.0: (4, 6), 16.0: (2, 3), 32.0: (1, 2), 64.0: (1, 1)}
@@ -212,3 +213,23 @@ def test_centerness_is_not_objectness():
     s, t = align(student, teacher)
     assert s.obj is None and t.obj is not None
     torch.testing.assert_close(t.cls, teacher.cls)
+
+
+@pytest.mark.parametrize(
+    'teacher',
+    [
+        dict(offset=0.0, bins=True),
+        dict(offset=0.5, strides=(8.0, 16.0, 32.0, 64.0), bins=True),
+        dict(offset=0.5, priors=3),
+    ],
+    ids=['other points', 'other levels', 'other priors'],
+)
+def test_points_are_compared_once_and_never_again(teacher):
+    # On a GPU every comparison stalls the queue. Readers give the same points in every iteration.
+    student, teacher = make(offset=0.5), make(seed=1, **teacher)
+    first = align(student, teacher)
+    with Operators() as count:
+        again = align(student, teacher)
+    assert count.waiting == 0
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.boxes(), other.boxes())
