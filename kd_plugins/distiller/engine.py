@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugins.adapters import auto_adapter, describe_adapter
 from kd_plugins.distiller.summary import Row
-from kd_plugins.distiller.taps import Call, Capture
+from kd_plugins.distiller.taps import Call, Capture, find_module
 from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError
@@ -194,6 +194,14 @@ class Distiller:
         Raises:
             DistillError: A tap does not run or shapes do not fit.
         """
+        for term in self.terms.values():
+            if term.consumes == 'predictions':
+                # Before anything runs: some of these models cannot even be run without annotations.
+                for side, model, tap in (
+                    ('student', self.student, term.student),
+                    ('teacher', self.teacher.model, term.teacher),
+                ):
+                    find_reader(find_module(model, tap.module, side))
         modes = [(m, m.training) for m in self.student.modules()]
         capture = self.capture()
         try:

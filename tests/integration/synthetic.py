@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from mmengine.config import Config
@@ -14,6 +16,13 @@ from PIL import Image
 from kd_plugins.mm.configs import plain_model, resolve_config, without_pretrained
 
 COUNTER = itertools.count()
+
+
+@contextmanager
+def unformatted():
+    """Dump configs as they are: formatting them is most of a short run's time (1 s per Runner)."""
+    with mock.patch('yapf.yapflib.yapf_api.FormatCode', lambda text, **style: (text, False)):
+        yield
 
 
 def write_coco(folder, classes, images=4, size=(96, 96), boxes=3, ann_file='annotations.json', img='img'):
@@ -78,6 +87,7 @@ def dataloader(folder, classes, size=96, batch_size=2, keep_empty=True, ann_file
         metainfo=dict(classes=tuple(classes)),
         filter_cfg=dict(filter_empty_gt=not keep_empty),
         pipeline=pipeline,
+        serialize_data=False,
     )
     return dict(batch_size=batch_size, num_workers=0, persistent_workers=False, dataset=dataset)
 
@@ -93,8 +103,9 @@ def short_run(config, work_dir, loader, epochs=1):
     if epochs is not None:
         config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs)
     config.work_dir = str(work_dir)
-    # Runners of the same second would share loggers and message hubs.
+    # Runners of one process would share visualizers (and files), those of the same second loggers as well.
     config.experiment_name = f'run{next(COUNTER)}'
+    config.visualizer.update(name=config.experiment_name, vis_backends=[])
     config.log_level = 'WARNING'
     config.model = without_pretrained(config.model)
     return config
@@ -114,7 +125,7 @@ def yolox(num_classes, width=0.125):
     return config
 
 
-def resnet18(name, num_classes, feat_channels=32):
+def resnet18(name, num_classes, feat_channels=64):
     """A ResNet-18 form of one of mmdet's FPN detectors, e.g. ``'gfl/gfl_r50_fpn_1x_coco.py'``."""
     config = Config.fromfile(_mmdet(name))
     config.model.backbone.update(depth=18, base_channels=8, init_cfg=None)
@@ -141,7 +152,8 @@ def save_teacher(config, folder, classes=None, name='teacher', edit=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     keep = {k: config[k] for k in ('model', 'default_scope') if k in config}
-    Config(keep).dump(str(folder / f'{name}.py'))
+    with unformatted():
+        Config(keep).dump(str(folder / f'{name}.py'))
     state = build(config).state_dict()
     if edit is not None:
         edit(state)
@@ -165,6 +177,9 @@ class Watch(Hook):
         losses: What every iteration logged, as numbers.
         gradients: Gradients at the last optimizer step, by parameter name.
         steps: Optimizer steps.
+
+    Args:
+        stop_after: End the run after this many epochs, whatever its config says.
     """
 
     def __init__(self, stop_after=None):
@@ -186,17 +201,18 @@ class Watch(Hook):
             runner.train_loop.stop_training = True
 
 
-def train(config, stop_after=None):
-    """Run a config in this process, optionally for its first ``stop_after`` epochs only.
+def train(config, watch=None):
+    """Run a config in this process.
 
     Returns:
         ``(watch, runner)`` of the finished run.
     """
-    runner = Runner.from_cfg(config)
-    watch = Watch(stop_after)
-    # Before the distillation hook's start-up: nothing may be stepped when that refuses to start.
-    runner.register_hook(watch, priority='HIGHEST')
-    runner.train()
+    watch = Watch() if watch is None else watch
+    with unformatted():
+        runner = Runner.from_cfg(config)
+        # Before the distillation hook's start-up: nothing may be stepped when that refuses to start.
+        runner.register_hook(watch, priority='HIGHEST')
+        runner.train()
     return watch, runner
 
 

@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 
 from kd_plugins.mm.configs import load_config
-from tests.integration.synthetic import dataloader, save_teacher, short_run, train, write_coco
+from tests.integration.synthetic import Watch, dataloader, save_teacher, short_run, train, write_coco
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'det'
 RECIPES = sorted(CONFIGS.glob('*_coco.py'))
@@ -82,7 +82,7 @@ def test_recipe_trains_one_step(path, coco, checkpoints, tmp_path):
     options(config).teacher.checkpoint = checkpoints(options(config).teacher)
     config = short_run(config, tmp_path, coco, epochs=None)
     config.default_hooks.checkpoint = None
-    watch, runner = train(config, stop_after=1)
+    watch, runner = train(config, Watch(stop_after=1))
 
     model, distiller = runner.model, next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller
     assert type(model).__name__ == ('Distilled' if form == 'model' else '') + architecture

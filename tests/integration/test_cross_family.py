@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kd_plugins.errors import DistillError
+from kd_plugins.mm.cli import add_distillation
 from tests.integration.synthetic import dataloader, resnet18, save_teacher, short_run, train, write_coco, yolox
 
 TEACHER_CLASSES = ('cat', 'dog', 'horse', 'sheep', 'cow')
@@ -70,7 +71,7 @@ def test_class_term_reads_the_class_of_the_same_name(data, tmp_path):
 
 
 def test_boxes_of_another_family_are_compared_where_they_are(data, tmp_path):
-    """A student whose decoded boxes equal the teacher's has no box loss, although the raw outputs are of other kinds."""
+    """Boxes that decode to the same have no loss, although the raw outputs are of different kinds."""
 
     def boxes_of_one_stride(state):  # all bins' weight on distance 0.5: a box of one stride around each point
         state['bbox_head.gfl_reg.weight'].zero_()
@@ -106,15 +107,8 @@ def test_nameless_teacher_is_given_its_class_names(data, tmp_path):
 
 def test_recipe_on_the_command_line(data, tmp_path):
     """``--kd binary_kl`` is the cross-family recipe."""
-    from mmengine.runner import Runner
-
-    from kd_plugins.mm.cli import add_distillation
-    from tests.integration.synthetic import Watch
-
     taught = save_teacher(resnet18(GFL, 5), tmp_path, TEACHER_CLASSES)
     config = short_run(yolox(3), tmp_path / 'run', dataloader(data, STUDENT_CLASSES))
     add_distillation(config, 'binary_kl', taught['config'], taught['checkpoint'])
-    runner, watch = Runner.from_cfg(config), Watch()
-    runner.register_hook(watch)
-    runner.train()
+    watch, _ = train(config)
     assert all(losses['loss_kd_cls'] > 0 and losses['loss_kd_box'] > 0 for losses in watch.losses)
