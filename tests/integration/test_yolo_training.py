@@ -1,0 +1,364 @@
+"""Distilled runs of Ultralytics' own trainer: what is logged, saved, restored, and what a plain run would be."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('ultralytics')
+
+from kd_plugins.errors import DistillError
+from kd_plugins.yolo import DistillCallback
+from tests.integration.yolo_lab import new_model, results, save_teacher, train, weights_hash, write_data
+
+KD = ('train/kdcls_loss', 'train/kdbox_loss')
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('data'), empty=2)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp('teacher') / 'teacher.pt', 'yolov8n.yaml')
+
+
+@pytest.fixture
+def distilled(teacher):
+    """``distilled(cfg, **options)``: a model with a registered callback, and the callback."""
+
+    def build(cfg='yolo11n.yaml', file=teacher, **options):
+        model = new_model(cfg)
+        return model, DistillCallback(file, **options).register(model)
+
+    return build
+
+
+class Spy:
+    """Notes what happens during a run, through Ultralytics' own events."""
+
+    def __init__(self, model, callback):
+        self.callback, self.criteria, self.calls, self.prints, self.trainer = callback, [], [], [], None
+        model.add_callback('on_train_start', self.start)
+        model.add_callback('on_train_epoch_end', self.epoch)
+        model.add_callback('on_train_end', self.end)
+
+    def start(self, trainer):
+        self.trainer, self.teacher = trainer, self.callback.distiller.teacher
+        self.prints.append(self.teacher.fingerprint())
+        inner = self.teacher.model.forward
+        self.teacher.model.forward = lambda *args, **kwargs: self.calls.append(trainer.epoch) or inner(*args, **kwargs)
+        self.student = self.callback._model
+
+    def epoch(self, trainer):
+        self.criteria.append(type(trainer.model.criterion))
+
+    def end(self, trainer):
+        self.prints.append(self.teacher.fingerprint())
+
+
+def logged(caplog):
+    return '\n'.join(r.getMessage() for r in caplog.records)
+
+
+def test_columns_summary_and_life_cycle(distilled, data, tmp_path, caplog):
+    from kd_plugins.yolo.criterion import KDCriterion
+
+    model, callback = distilled()
+    spy = Spy(model, callback)
+    run = train(model, data, tmp_path, epochs=2)
+    found = results(run)
+    assert all(v > 0 for k in KD for v in found[k])
+    # There is no KD in validation, and one teacher forward per training batch.
+    assert found['val/kdcls_loss'] == [0, 0] and found['val/box_loss'][0] > 0
+    assert spy.calls == [0, 0, 1, 1]
+    assert spy.criteria == [KDCriterion] * 2 and spy.prints[0] == spy.prints[1]
+    assert type(spy.student.criterion).__name__ == 'v8DetectionLoss' and callback.distiller is None
+    text = logged(caplog)
+    for part in (
+        'Knowledge distillation is ON',
+        'BinaryKLDivLoss',
+        'LocalizationDistillLoss',
+        '3 classes, strides 8/16/32',
+    ):
+        assert part in text
+    from ultralytics.utils import YAML
+
+    from kd_plugins.yolo import DistillOptions
+
+    assert DistillOptions.from_dict(YAML.load(run / 'kd.yaml')) == callback.options
+
+
+def test_student_comes_closer_to_the_teacher(distilled, data, tmp_path):
+    """More so than by the labels alone: an untrained teacher knows nothing that the labels say."""
+    options = dict(epochs=10, mosaic=0.0, optimizer='AdamW', lr0=0.005, batch=4, nbs=4, val=False)
+    model, _ = distilled(cls=1.0, box=1.0)
+    found = results(train(model, data, tmp_path, 'kd', **options))
+    small = 1e-3
+    model, _ = distilled(cls=small, box=small)
+    plain = results(train(model, data, tmp_path, 'plain', **options))
+    for column in KD:
+        assert found[column][-1] < 0.7 * found[column][0]
+        assert found[column][-1] < 0.7 * plain[column][-1] / small
+
+
+@pytest.mark.parametrize('cfg', ['yolo11n.yaml', 'yolo26n.yaml'])
+def test_weight_zero_is_bit_by_bit_the_plain_run(distilled, data, tmp_path, cfg):
+    plain = train(new_model(cfg), data, tmp_path, 'plain', epochs=2)
+    model, _ = distilled(cfg, cls=0, box=0)
+    zero = train(model, data, tmp_path, 'zero', epochs=2)
+    model, _ = distilled(cfg)
+    full = train(model, data, tmp_path, 'full', epochs=2)
+    assert weights_hash(zero / 'weights/last.pt') == weights_hash(plain / 'weights/last.pt')
+    assert weights_hash(full / 'weights/last.pt') != weights_hash(plain / 'weights/last.pt')
+    assert results(zero)[KD[0]] == [0, 0]
+
+
+def test_start_and_stop(distilled, data, tmp_path):
+    model, callback = distilled(start=1, stop=2)
+    spy = Spy(model, callback)
+    found = results(train(model, data, tmp_path, epochs=3))
+    assert [v > 0 for v in found[KD[0]]] == [False, True, False] and set(spy.calls) == {1}
+
+
+def test_schedule_of_a_weight(distilled, data, tmp_path):
+    model, _ = distilled(cls=dict(type='linear', start=1.0, end=0.0), box=0)
+    found = results(train(model, data, tmp_path, epochs=3, lr0=1e-9, mosaic=0.0, val=False))
+    first, second, third = found[KD[0]]
+    # Two batches per epoch: progress 0, 1/6, 2/6, ... of the run.
+    assert second / first == pytest.approx((7 / 12) / (11 / 12), rel=0.05)
+    assert third / first == pytest.approx((3 / 12) / (11 / 12), rel=0.05)
+    assert found[KD[1]] == [0, 0, 0]
+
+
+def test_saved_models_are_plain(distilled, data, tmp_path):
+    """Also in the middle of a run: no name of ours, no teacher, a plain one's size, loads without us and safely."""
+    sizes = {}
+    for name, build in (('plain', lambda: new_model('yolo11n.yaml')), ('kd', lambda: distilled()[0])):
+        model = build()
+        model.add_callback('on_model_save', lambda t: shutil.copy(t.last, t.save_dir / f'mid{t.epoch}.pt'))
+        run = train(model, data, tmp_path, name, epochs=2)
+        sizes[name] = [(run / f).stat().st_size for f in ('mid0.pt', 'mid1.pt', 'weights/last.pt', 'weights/best.pt')]
+    assert all(abs(a - b) < 4096 for a, b in zip(sizes['plain'], sizes['kd'], strict=True)), sizes
+    for file in ('mid0.pt', 'mid1.pt', 'weights/last.pt', 'weights/best.pt'):
+        with zipfile.ZipFile(run / file) as archive:
+            pickled = next(archive.read(n) for n in archive.namelist() if n.endswith('data.pkl'))
+        assert b'kd_plugins' not in pickled and b'KDCriterion' not in pickled
+        code = f"""
+            import sys
+            sys.modules['kd_plugins'] = None
+            from ultralytics.nn.tasks import torch_safe_load
+            from ultralytics import YOLO
+            torch_safe_load({str(run / file)!r}, safe_only=True)
+            assert YOLO({str(run / file)!r}).names[0] == 'red'
+        """
+        subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, cwd=tmp_path)
+
+
+def test_trained_student_predicts_without_us(distilled, data, tmp_path):
+    from ultralytics import YOLO
+
+    model, _ = distilled()
+    run = train(model, data, tmp_path)
+    image = torch.rand(1, 3, 64, 64)
+    ours = model.model.eval()(image)[0]
+    torch.testing.assert_close(YOLO(run / 'weights/best.pt').model.eval()(image)[0], ours)
+
+
+def test_exception_restores_and_a_second_train_works(distilled, data, tmp_path):
+    model, callback = distilled()
+    spy = Spy(model, callback)
+
+    def crash(trainer):
+        if not crashed:
+            crashed.append(1)
+            raise RuntimeError('crash')
+
+    crashed = []
+    model.add_callback('on_train_batch_end', crash)
+    with pytest.raises(RuntimeError, match='crash'):
+        train(model, data, tmp_path, 'first')
+    assert type(spy.student.criterion).__name__ == 'v8DetectionLoss' and callback.distiller is None
+    for name in ('second', 'third'):
+        assert results(train(model, data, tmp_path, name))[KD[0]][0] > 0
+
+
+def test_nan_recovery_leaves_a_plain_criterion(distilled, data, tmp_path, caplog):
+    model, callback = distilled('yolo26n.yaml')
+    spy = Spy(model, callback)
+    seen = []
+
+    def poison(trainer):
+        if trainer.epoch == 1 and not seen:
+            seen.append(1)
+            trainer.loss = torch.tensor(float('nan'))
+
+    model.add_callback('on_train_epoch_end', poison)
+    run = train(model, data, tmp_path, epochs=3, val=False)
+    assert 'recovering from last.pt' in logged(caplog)
+    assert type(spy.trainer.ema.ema.criterion).__name__ == 'E2ELoss'
+    assert len(results(run)[KD[0]]) == 3 and min(results(run)[KD[0]]) > 0
+    assert spy.calls.count(1) == 4  # the epoch was done again, with KD
+
+
+def test_out_of_memory_in_the_teacher_halves_the_batch(distilled, data, tmp_path, caplog):
+    model, callback = distilled()
+    spy = Spy(model, callback)
+
+    def arm(trainer):
+        inner = spy.teacher.model.forward
+
+        def forward(x):
+            if x.shape[0] > 2:
+                raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')
+            return inner(x)
+
+        spy.teacher.model.forward = forward
+
+    model.add_callback('on_train_start', arm)
+    run = train(model, data, tmp_path, epochs=2)
+    assert 'Reducing to batch=2' in logged(caplog)
+    assert all(v > 0 for v in results(run)[KD[0]]) and spy.trainer.batch_size == 2
+
+
+def test_resume_after_sigkill_continues(teacher, data, tmp_path):
+    code = f"""
+        import os, signal, sys
+        from tests.integration.yolo_lab import new_model, train
+        from kd_plugins.yolo import DistillCallback
+        from ultralytics import YOLO
+        resume = len(sys.argv) > 1
+        model = YOLO({str(tmp_path / 'run/weights/last.pt')!r}) if resume else new_model('yolo26n.yaml')
+        DistillCallback({teacher!r}).register(model)
+        if resume:
+            seen = []
+            model.add_callback('on_train_epoch_start', lambda t: seen.append((t.model.criterion.o2m, t.epoch)))
+            model.train(resume=True)
+            print('O2M', seen)
+        else:
+            model.add_callback('on_fit_epoch_end', lambda t: t.epoch == 1 and os.kill(os.getpid(), signal.SIGKILL))
+            train(model, {data!r}, {str(tmp_path)!r}, epochs=4)
+    """
+    first = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=REPO, capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr[-2000:]
+    assert len(results(tmp_path / 'run')['epoch']) == 2
+    second = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code), 'resume'], cwd=REPO, capture_output=True, text=True
+    )
+    assert second.returncode == 0, second.stderr[-2000:]
+    found = results(tmp_path / 'run')
+    assert found['epoch'] == [1, 2, 3, 4] and all(v > 0 for k in KD for v in found[k])
+    # The resumed criterion, whose one-to-many factor has decayed, is kept: 0.8 -> 0.1 over 4 epochs.
+    seen = eval(second.stdout.split('O2M')[1].strip().splitlines()[0])
+    assert [round(o2m, 3) for o2m, _ in seen] == [round(0.1 + 0.7 * (1 - e / 3), 3) for _, e in seen]
+    assert [e for _, e in seen] == [2, 3]
+
+
+SITUATIONS = {
+    'multi-scale': dict(multi_scale=0.5),
+    'freeze': dict(freeze=5),
+    'accumulation': dict(batch=2, nbs=8),
+    'close-mosaic': dict(epochs=2, mosaic=1.0, close_mosaic=1),
+    'rect': dict(rect=True),
+    'no-val': dict(val=False),
+    'cosine-adam': dict(optimizer='AdamW', cos_lr=True),
+    'one-image-batches': dict(batch=1),
+    'fraction': dict(fraction=0.5),
+}
+
+
+@pytest.mark.parametrize('options', SITUATIONS.values(), ids=SITUATIONS)
+def test_options_of_the_trainer(distilled, data, tmp_path, options):
+    model, callback = distilled('yolo26n.yaml')
+    spy = Spy(model, callback)
+    found = results(train(model, data, tmp_path, **options))
+    assert all(v > 0 for k in KD for v in found[k]) and spy.prints[0] == spy.prints[1]
+
+
+def test_only_empty_images(distilled, tmp_path):
+    data = write_data(tmp_path / 'data', empty=8)
+    model, _ = distilled()
+    found = results(train(model, data, tmp_path))
+    assert found['train/box_loss'] == [0] and found[KD[0]][0] > 0
+
+
+def test_several_data_sets(distilled, data, tmp_path):
+    other = write_data(tmp_path / 'other', seed=5)
+    model, _ = distilled()
+    found = model.train(
+        data=[data, other],
+        imgsz=64,
+        epochs=1,
+        batch=4,
+        device='cpu',
+        amp=False,
+        plots=False,
+        project=str(tmp_path / 'sweep'),
+    )
+    assert len(found) == 2 and all(found.values())
+    runs = sorted((tmp_path / 'sweep').rglob('results.csv'))
+    assert len(runs) == 2 and all(results(r.parent)[KD[0]][0] > 0 for r in runs)
+
+
+def test_native_distillation_at_the_same_time(distilled, data, tmp_path, teacher):
+    model, _ = distilled('yolo26n.yaml')
+    own = save_teacher(tmp_path / 'native.pt', 'yolo26n.yaml', seed=9)
+    found = results(train(model, data, tmp_path, distill_model=own, epochs=2))
+    assert all(v > 0 for k in (*KD, 'train/dis_loss') for v in found[k])
+
+
+@pytest.mark.parametrize('weight, text', [(1e3, 'times the task loss'), (1e-5, 'of the task loss: it hardly')])
+def test_out_of_proportion_is_reported_once(distilled, data, tmp_path, caplog, weight, text):
+    model, _ = distilled(cls=weight, box=0)
+    train(model, data, tmp_path, epochs=3, lr0=1e-6)
+    assert logged(caplog).count(text) == 1
+
+
+def test_in_proportion_is_not_reported(distilled, data, tmp_path, caplog):
+    model, _ = distilled(cls=0.5, box=0.5)
+    train(model, data, tmp_path)
+    assert 'of the task loss' not in logged(caplog) and 'times the task loss' not in logged(caplog)
+
+
+def test_merely_installed_changes_nothing(data, tmp_path):
+    """Importing our package leaves a plain run as it is."""
+    code = f"""
+        import sys
+        if len(sys.argv) > 1:
+            import kd_plugins.yolo
+        from tests.integration.yolo_lab import new_model, train, weights_hash
+        run = train(new_model('yolo11n.yaml'), {data!r}, {str(tmp_path)!r}, sys.argv[-1].replace('-c', 'plain'))
+        print('HASH', weights_hash(run / 'weights/last.pt'))
+        assert len(sys.argv) > 1 or not any(m.startswith('kd_plugins') for m in sys.modules)
+    """
+    found = [
+        subprocess.run([sys.executable, '-c', textwrap.dedent(code), *extra], cwd=REPO, capture_output=True, text=True)
+        for extra in ((), ('imported',))
+    ]
+    assert all(f.returncode == 0 for f in found), [f.stderr[-1000:] for f in found]
+    assert len({f.stdout.split('HASH')[1] for f in found}) == 1
+
+
+def test_teacher_in_another_folder_is_found(distilled, teacher, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(teacher).parent)
+    model, callback = distilled(file='teacher.pt')
+    assert callback.options.teacher == teacher and os.path.isabs(callback.options.teacher)
+    monkeypatch.chdir(tmp_path)
+    assert results(train(model, data, tmp_path))[KD[0]][0] > 0
+
+
+def test_a_teacher_that_vanished_is_reported(distilled, data, tmp_path):
+    file = save_teacher(tmp_path / 'gone.pt', 'yolo11n.yaml')
+    model, _ = distilled(file=file)
+    os.remove(file)
+    with pytest.raises((DistillError, FileNotFoundError), match=r'gone\.pt'):
+        train(model, data, tmp_path)
