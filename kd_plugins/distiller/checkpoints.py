@@ -118,8 +118,8 @@ def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, A
     except Exception as error:
         size = os.path.getsize(path)
         raise DistillError(
-            f'{where} {path!r} ({size:,} bytes) is not a readable checkpoint, it may be truncated: '
-            f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else "no details"}'
+            f'{where} {path!r} ({size:,} bytes) is not a readable checkpoint, it may be truncated or another kind of '
+            f'file: {type(error).__name__}: {str(error).split(". ")[0].rstrip(".") or "no details"}.'
         ) from error
 
 

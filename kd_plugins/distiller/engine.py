@@ -201,7 +201,11 @@ class Distiller:
                     ('student', self.student, term.student),
                     ('teacher', self.teacher.model, term.teacher),
                 ):
-                    find_reader(find_module(model, tap.module, side))
+                    module = find_module(model, tap.module, side)
+                    try:
+                        find_reader(module)
+                    except DistillError as error:
+                        raise DistillError(f'term {term.name!r}: {side} {tap.module!r}: {error}') from error
         modes = [(m, m.training) for m in self.student.modules()]
         capture = self.capture()
         try:

@@ -163,6 +163,8 @@ def load_strictly(
                 parts.append(f'{len(keys)} of {count} keys {label} ({shown})')
         if not any(k in state and state[k].shape == own[k].shape for k in own):
             advice = 'it belongs to another architecture: check teacher.config and teacher.checkpoint.'
+        elif mismatched:
+            advice = 'check that teacher.config is the config it was trained with (width, number of classes).'
         else:
             advice = (
                 'check that teacher.config is the config it was trained with, or name modules that may differ in '

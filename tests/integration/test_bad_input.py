@@ -257,7 +257,7 @@ CASES = [
     case(
         'checkpoint of another width',
         put('teacher.checkpoint', '{}/small.pth'),
-        says=('small.pth', 'of another shape', 'in the file and', 'in the model'),
+        says=('small.pth', 'of another shape', 'in the file and', 'in the model', 'width, number of classes'),
     ),
     case(
         'checkpoint without some keys',
@@ -359,12 +359,12 @@ CASES = [
     case(
         'a head without reader as teacher',
         teacher('vfnet'),
-        says=('VFNetHead', 'Supported heads:', 'GFLHead', 'YOLOXHead', 'register_reader'),
+        says=("'logits': teacher 'bbox_head'", 'VFNetHead', 'Supported heads:', 'GFLHead', 'register_reader'),
     ),
     case(
         'a head without reader as student',
         student(lambda: resnet18('vfnet/vfnet_r50_fpn_1x_coco.py', 3)),
-        says=('VFNetHead', 'Supported heads:', 'YOLOXHead'),
+        says=("'logits': student 'bbox_head'", 'VFNetHead', 'Supported heads:', 'YOLOXHead'),
     ),
     case(
         'a two-stage teacher',
