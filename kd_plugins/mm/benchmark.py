@@ -364,7 +364,8 @@ def _count_operators(step: Callable[[], Any]) -> Operators:
 def peak_memory(setup: Setup, variant: str, work_dir: str, steps: int = 3) -> int | None:
     """Peak bytes that a variant adds to the process, weights and optimizer state included.
 
-    Meant for a fresh process: what an allocator once had, it keeps.
+    Meant for a fresh process: what an allocator once had, it keeps. The teacher's figure includes the weights of the
+    idle student that it is attached to.
     """
     torch.set_num_threads(setup.threads)
     device = torch.device(setup.device)

@@ -160,6 +160,8 @@ def _rebase(predictions: DensePredictions, points: Tensor) -> DensePredictions:
         Without ``dist`` and ``box`` where any point moved: both are relative to the old points.
     """
     points = points.to(predictions.points)
+    if points is predictions.points:
+        return predictions
     changes: dict[str, object] = {'points': points}
     if _moved(points, predictions.points):
         if predictions.ltrb is not None:
@@ -175,7 +177,7 @@ def _rebase(predictions: DensePredictions, points: Tensor) -> DensePredictions:
 # keys by identity.
 @functools.lru_cache(maxsize=16)
 def _moved(points: Tensor, others: Tensor) -> bool:
-    return points is not others and bool((points - others).abs().amax() > _SAME_POINT)
+    return bool((points - others).abs().amax() > _SAME_POINT)
 
 
 @functools.lru_cache(maxsize=16)

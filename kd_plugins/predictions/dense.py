@@ -117,20 +117,23 @@ class DensePredictions:
         return dataclasses.replace(self, **changes)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> DensePredictions:
-        """A copy with ``function`` applied to every prediction tensor (points excluded)."""
-        return self.replace(**{n: function(v) for n in FIELDS if (v := getattr(self, n)) is not None})
+        """A copy with ``function`` applied to every prediction tensor (points excluded); itself if none changes."""
+        tensors = {n: v for n in FIELDS if (v := getattr(self, n)) is not None}
+        changes = {n: new for n, v in tensors.items() if (new := function(v)) is not v}
+        return self.replace(**changes) if changes else self
 
     def detach(self) -> DensePredictions:
-        """A copy cut from the autograd graph."""
-        return self.map(Tensor.detach)
+        """Cut from the autograd graph."""
+        return self.map(lambda tensor: tensor.detach() if tensor.requires_grad else tensor)
 
     def float(self) -> DensePredictions:
-        """A copy in float32 (float64 stays)."""
+        """In float32 (float64 stays)."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor if tensor.dtype == torch.float64 else tensor.float()
 
-        return self.map(cast).replace(points=cast(self.points))
+        result, points = self.map(cast), cast(self.points)
+        return result if points is result.points else result.replace(points=points)
 
     def require(self, name: str) -> Tensor:
         """The field ``name``, for a loss that cannot do without it.
