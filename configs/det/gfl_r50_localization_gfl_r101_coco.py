@@ -10,3 +10,4 @@ teacher = dict(
 loss = dict(type='LocalizationDistillLoss', temperature=10.0)
 terms = dict(ld=dict(loss=loss, student='bbox_head', teacher='bbox_head', weight=0.5))
 default_hooks = dict(distill=dict(type='kd_plugins.DistillHook', teacher=teacher, terms=terms))
+del teacher, terms, loss  # parts, not options

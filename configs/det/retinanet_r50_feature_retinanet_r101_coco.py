@@ -12,3 +12,4 @@ terms = dict(
     cls=dict(loss=dict(type='BinaryKLDivLoss', foreground=True), student='bbox_head', teacher='bbox_head', weight=0.5),
 )
 default_hooks = dict(distill=dict(type='kd_plugins.DistillHook', teacher=teacher, terms=terms))
+del teacher, terms  # parts, not options

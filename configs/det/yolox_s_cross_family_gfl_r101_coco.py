@@ -12,3 +12,4 @@ terms = dict(
     cls=dict(loss=dict(type='BinaryKLDivLoss', foreground=True), **heads), box=dict(loss=boxes, weight=0.25, **heads)
 )
 default_hooks = dict(distill=dict(type='kd_plugins.DistillHook', teacher=teacher, terms=terms))
+del teacher, terms, boxes, heads  # parts, not options

@@ -11,3 +11,4 @@ terms = dict(neck=dict(loss=dict(type='FeatureMSELoss'), student='neck', teacher
 distill = dict(teacher=teacher, terms=terms)
 model = dict(type='kd_plugins.Distilled', student_type=_base_.model.type, distill=distill)
 default_hooks = dict(distill=dict(type='kd_plugins.DistillHook'))
+del teacher, terms, distill  # parts, not options

@@ -9,3 +9,4 @@ teacher = dict(
 )
 terms = dict(logits=dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head', weight=1.0))
 default_hooks = dict(distill=dict(type='kd_plugins.DistillHook', teacher=teacher, terms=terms))
+del teacher, terms  # parts, not options

@@ -218,14 +218,15 @@ class DistillHook(Hook):
 
     @staticmethod
     def _refuse_unread(runner: Any, options: Mapping[str, Any], place: str) -> None:
-        # A recipe may define `teacher` and `terms` before it uses them; what a child config or --cfg-options writes
-        # there is merged into those names only, and would change nothing.
-        for key, known in (('teacher', TEACHER_KEYS), ('terms', options['terms'])):
+        # `--cfg-options teacher.checkpoint=...` makes a new entry at the top level and would change nothing.
+        for key, known, needed in (('teacher', TEACHER_KEYS, 'config'), ('terms', options['terms'], None)):
             written, used = runner.cfg.get(key), options[key]
             if not isinstance(written, Mapping) or not isinstance(used, Mapping) or not set(written) <= set(known):
                 continue
+            # A complete one is a variable of the config, which may differ on purpose from what was made of it.
+            parts = [written] if needed else [v for v in written.values() if isinstance(v, Mapping)]
             unread = [k for k, v in written.items() if v != used.get(k)]
-            if unread:
+            if unread and any((needed or 'loss') not in part for part in parts):
                 where = f'{key}.{unread[0]}'
                 raise DistillError(
                     f'{where} = {written[unread[0]]!r} stands at the top level of the config, where nothing reads it; '

@@ -63,7 +63,9 @@ def test_recipe_is_short_and_names_official_files(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 15
     assert 'COCO numbers have not been run here' in path.read_text()
-    teacher = options(Config.fromfile(path)).teacher
+    config = Config.fromfile(path)
+    assert not {'teacher', 'terms', 'distill'} & set(config)  # --cfg-options there would change nothing
+    teacher = options(config).teacher
     folder, name = teacher.checkpoint.split('/')
     assert folder == 'checkpoints'
     family = Path(load_config(teacher.config).filename).parent
