@@ -11,9 +11,9 @@ _CONFIG = os.environ.setdefault('YOLO_CONFIG_DIR', tempfile.mkdtemp(prefix='yolo
 os.environ.setdefault('YOLO_OFFLINE', 'true')
 os.environ.setdefault('YOLO_VERBOSE', 'true')
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
 
 #: Classes of the synthetic pictures, by the colour of their rectangles.
 COLOURS = {'red': (220, 40, 40), 'green': (40, 200, 60), 'blue': (50, 70, 230)}
@@ -105,25 +105,25 @@ def new_model(cfg, seed=0):
     return YOLO(cfg, verbose=False)
 
 
-def save_teacher(path, cfg, names=tuple(COLOURS), seed=1, sharpen=True):
+def save_teacher(path, cfg, names=tuple(COLOURS), seed=1, spread=0.3, **options):
     """A ``.pt`` file of an untrained model with class names, as a training would leave it.
 
-    Training one takes too long for a test of mechanics. With ``sharpen`` its class scores are spread, so that it is
-    confident about some anchors.
+    Training one takes too long for a test of mechanics. Its class scores are spread, so that it is confident about
+    some anchors.
     """
     from ultralytics.nn.tasks import guess_model_task
     from ultralytics.utils.patches import torch_save
 
-    model = build(cfg, len(names), seed)
+    model = build(cfg, len(names), seed, **options)
     model.names = dict(enumerate(names))
     model.task = guess_model_task(model)
     head = model.model[-1]
-    if sharpen and hasattr(head, 'cv3'):
+    if spread and hasattr(head, 'cv3'):
         generator = torch.Generator().manual_seed(seed)
         for branch in ('cv3', 'one2one_cv3'):
             for layer in getattr(head, branch, None) or ():
                 last = layer[-1]
-                last.weight.data = torch.randn(last.weight.shape, generator=generator) * 0.3
+                last.weight.data = torch.randn(last.weight.shape, generator=generator) * spread
                 last.bias.data.fill_(-1.0)
     torch_save({'model': model.half(), 'train_args': {}, 'epoch': -1}, str(path))
     return str(path)
@@ -133,12 +133,11 @@ def build(cfg, nc=3, seed=0, **options):
     """A bare model (the ``nn.Module``) of a yaml with random weights and BN statistics that are not the initial
     ones."""
     from ultralytics import YOLO
-    from ultralytics.nn.tasks import yaml_model_load
+    from ultralytics.nn import tasks as kinds
 
     torch.manual_seed(seed)
     task = YOLO(cfg, verbose=False).task
     torch.manual_seed(seed)
-    kinds = __import__('ultralytics.nn.tasks', fromlist=['x'])
     names = dict(
         detect='DetectionModel',
         segment='SegmentationModel',
@@ -146,7 +145,7 @@ def build(cfg, nc=3, seed=0, **options):
         obb='OBBModel',
         classify='ClassificationModel',
     )
-    model = getattr(kinds, names[task])(yaml_model_load(cfg), nc=nc, verbose=False, **options)
+    model = getattr(kinds, names[task])(kinds.yaml_model_load(cfg), nc=nc, verbose=False, **options)
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

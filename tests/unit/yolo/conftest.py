@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-pytest.importorskip('ultralytics')
-
 from tests.integration import yolo_lab
+
+pytest.importorskip('ultralytics')
 
 
 @pytest.fixture(scope='session')
