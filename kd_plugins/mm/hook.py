@@ -210,7 +210,8 @@ class DistillHook(Hook):
     @staticmethod
     def _refuse_custom_hooks(runner: Any) -> None:
         listed = runner.cfg.get('custom_hooks') or []
-        if any(isinstance(h, Mapping) and str(h.get('type')).split('.')[-1] == 'DistillHook' for h in listed):
+        types = [h.get('type') for h in listed if isinstance(h, Mapping)]
+        if any(t is DistillHook or str(t).split('.')[-1] == 'DistillHook' for t in types):
             raise DistillError(
                 'DistillHook stands in custom_hooks, where a list in a child config replaces its whole base (EMA, '
                 "pipeline switch); write default_hooks=dict(distill=dict(type='kd_plugins.DistillHook', ...)) instead."
