@@ -434,8 +434,14 @@ class Distiller:
                     f'student {str(term.student)!r} is {_shapes([student])} but teacher {str(term.teacher)!r} is '
                     f'{_shapes([teacher])}; {advice}.'
                 )
-            values.append(term.loss(student, teacher))
+            # Also for users' own losses: half precision overflows.
+            with torch.autocast(student.device.type, enabled=False):
+                values.append(term.loss(_full(student), _full(teacher)))
         return torch.stack(values).mean()
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class _Identity(nn.Module):
