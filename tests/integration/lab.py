@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from PIL import Image, ImageDraw
 
@@ -104,6 +106,16 @@ def hurry() -> None:
     mmengine.config.config.FormatCode = lambda text, **style: (text, True)
 
 
+@OPTIM_WRAPPERS.register_module()
+class Bf16OptimWrapper(OptimWrapper):
+    """What AmpOptimWrapper does with ``dtype='bfloat16'``, on the CPU, where MMEngine refuses it."""
+
+    @contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
+            yield
+
+
 class Probe(Hook):
     """Keeps the losses of every iteration and calls ``check(runner)`` after each.
 
@@ -154,7 +166,7 @@ class Lab:
             family: ``'yolox'``, ``'rtmdet'`` or ``'gfl'``.
             steps: Iterations of an iteration-based run; None leaves the one epoch of 4 iterations.
             val: Whether validation stays configured.
-            **options: ``width``, ``extra`` (text at the end of the file), and dotted keys with ``__`` for the dot, which
+            **options: ``width``, ``extra`` (text at the end of the file), and dotted keys with ``__`` for the dot, that
                 are merged at the end.
         """
         config = Config.fromfile(self.file(family, options.pop('width', 4), options.pop('extra', '')))
@@ -210,7 +222,8 @@ class Lab:
 
     def dump(self, config: Config, name: str = 'config.py') -> str:
         """Write a config for a child process; returns its path."""
-        path = Path(config.work_dir).with_suffix('') / name
+        # Not in the work folder, where a run writes its own copy.
+        path = Path(config.work_dir + '_config') / name
         path.parent.mkdir(parents=True, exist_ok=True)
         config.dump(path)
         return str(path)

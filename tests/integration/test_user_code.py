@@ -1,0 +1,154 @@
+"""What users bring along: own losses and adapters, own hooks, and the wrong form."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from kd_plugins.errors import DistillError
+from kd_plugins.mm import DistillHook
+from tests.integration.lab import FEATURES, LOGITS, Probe, distill_hook
+
+
+@MODELS.register_module()
+class LabCosineLoss(nn.Module):
+    """A user's loss, registered where MMEngine users register theirs; autocast and dtypes are not its concern."""
+
+    consumes = 'features'
+    seen: list = []
+
+    def forward(self, student, teacher):
+        self.seen.append((student.dtype, teacher.dtype, torch.is_autocast_enabled('cpu'), teacher.requires_grad))
+        return 1 - torch.cosine_similarity(student, teacher, dim=1).mean()
+
+
+@MODELS.register_module()
+class LabWeightedLoss(nn.Module):
+    """A loss with a parameter of its own."""
+
+    consumes = 'features'
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, student, teacher):
+        return (self.gain * student - teacher).square().mean()
+
+
+@MODELS.register_module()
+class LabAdapter(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.LazyConv2d(channels, 3, padding=1) if channels is None else nn.Conv2d(16, channels, 3, padding=1)
+
+    def forward(self, student, teacher):
+        return self.conv(student)
+
+
+def test_a_registered_loss_and_adapter_are_found(lab):
+    term = dict(FEATURES, loss=dict(type='LabCosineLoss'), adapter=dict(type='LabAdapter', channels=32))
+    probe = Probe()
+    runner = lab.train(lab.model_form(lab.plain(), lab.teacher(), dict(mine=term)), probe)
+    assert all(0 < log['loss_kd_mine'] <= 2 for log in probe.logs)
+    adapters = distill_hook(runner).distiller.bank
+    assert sum(p.numel() for p in adapters.parameters()) == 3 * (16 * 32 * 9 + 32)
+
+
+def test_a_users_loss_gets_full_precision_and_a_detached_teacher(lab):
+    LabCosineLoss.seen.clear()
+    term = dict(FEATURES, loss=dict(type='LabCosineLoss'))
+    config = lab.plain(optim_wrapper__type='Bf16OptimWrapper')
+    lab.train(lab.model_form(config, lab.teacher(), dict(mine=term)))
+    assert LabCosineLoss.seen
+    assert set(LabCosineLoss.seen) == {(torch.float32, torch.float32, False, False)}
+
+
+def test_a_loss_with_parameters_is_trained(lab):
+    """Its parameters are in the bank, hence in the optimizer, the saved adapters and resume, and they move."""
+    term = dict(FEATURES, loss=dict(type='LabWeightedLoss'))
+    runner = lab.train(lab.model_form(lab.plain(), lab.teacher(), dict(mine=term)))
+    distiller = distill_hook(runner).distiller
+    state = distiller.bank.export_state()
+    (key,) = [k for k in state if k.endswith('gain')]
+    assert distiller.terms['mine'].loss.gain is dict(distiller.bank.named_parameters())[key]
+    assert state[key] != 1
+
+
+def test_a_loss_with_parameters_is_sent_to_the_model_form(lab):
+    term = dict(loss=dict(type='LabWeightedLoss'), student='neck', teacher='neck')
+    with pytest.raises(DistillError, match=r'kd_plugins\.Distilled'):
+        lab.train(lab.hook_form(lab.plain(), lab.teacher(width=4), dict(mine=term)))
+
+
+def test_trainable_adapters_in_the_hook_form_are_refused_with_the_lines_to_write(lab):
+    with pytest.raises(DistillError) as error:
+        lab.train(lab.hook_form(lab.plain(), lab.teacher(), dict(features=FEATURES)))
+    assert "type='kd_plugins.Distilled', student_type=_base_.model.type" in str(error.value)
+    assert "default_hooks = dict(distill=dict(type='kd_plugins.DistillHook'))" in str(error.value)
+
+
+def test_the_model_form_without_the_hook_is_refused(lab):
+    config = lab.model_form(lab.plain(), lab.teacher())
+    config.default_hooks.pop('distill')
+    with pytest.raises(DistillError, match='no DistillHook is running; add default_hooks'):
+        lab.train(config)
+
+
+@pytest.mark.parametrize('spelling', ['text', 'class'])
+def test_the_hook_in_custom_hooks_is_refused(lab, spelling):
+    """There a list in a child config replaces its base's, EMA and all."""
+    config = lab.plain()
+    kind = 'kd_plugins.DistillHook' if spelling == 'text' else DistillHook
+    config.custom_hooks = [dict(type=kind, teacher=lab.teacher(), terms=dict(logits=LOGITS))]
+    with pytest.raises(DistillError, match=r'custom_hooks.*default_hooks'):
+        lab.train(config)
+
+
+def test_schedules_reach_weight_and_temperature(lab):
+    """A ramp's weight is what the logged loss was multiplied with, from its first to its last value."""
+    ramp = dict(type='linear', start=0.0, end=4.0)
+    term = dict(
+        loss=dict(type='KLDivLoss', temperature=1.0),
+        student='bbox_head',
+        teacher='bbox_head',
+        weight=ramp,
+        temperature=dict(type='linear', start=4.0, end=1.0),
+    )
+    values = []
+
+    def check(runner):
+        distiller = distill_hook(runner).distiller
+        (only,) = distiller.terms.values()
+        values.append((distiller.weight(only), only.loss.temperature))
+
+    probe = Probe(check)
+    lab.train(lab.hook_form(lab.plain('gfl'), lab.teacher('gfl'), dict(kl=term)), probe)
+    assert [v[0] for v in values] == [0.0, 1.0, 2.0, 3.0]
+    assert [v[1] for v in values][1:] == pytest.approx([3.25, 2.5, 1.75])
+    assert probe.logs[0]['loss_kd_kl'] == 0
+    assert all(log['loss_kd_kl'] > 0 for log in probe.logs[1:])
+
+
+@pytest.mark.parametrize('form', ['hook_form', 'model_form'])
+def test_after_stop_the_teacher_is_not_run(lab, form):
+    calls = []
+
+    def check(runner):
+        teacher = distill_hook(runner).distiller.teacher
+        if not calls:
+            teacher.model.register_forward_pre_hook(lambda *args: calls.append(runner.iter))
+            teacher.model.backbone.register_forward_pre_hook(lambda *args: calls.append(runner.iter))
+            calls.append(None)
+
+    probe = Probe(check)
+    lab.train(getattr(lab, form)(lab.plain(steps=5), lab.teacher(), start=0, stop=3), probe)
+    key = next(k for k in probe.logs[0] if k.startswith('loss_kd_'))
+    assert [log[key] > 0 for log in probe.logs] == [True, True, True, False, False]
+    assert set(calls[1:]) == {1, 2}
+
+
+def test_stop_counts_epochs_in_an_epoch_based_run(lab):
+    probe = Probe()
+    lab.train(lab.hook_form(lab.plain(train_cfg__max_epochs=3), lab.teacher(), start=1, stop=2), probe)
+    assert [log['loss_kd_logits'] > 0 for log in probe.logs] == [False] * 4 + [True] * 4 + [False] * 4
