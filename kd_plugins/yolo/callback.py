@@ -13,10 +13,10 @@ from kd_plugins.distiller.summary import summary
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import match_classes
 from kd_plugins.yolo.criterion import KDCriterion, plain_criterion
-from kd_plugins.yolo.heads import SUPPORTED
+from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, head_of
 from kd_plugins.yolo.losses import YOLODistiller
 from kd_plugins.yolo.options import DistillOptions
-from kd_plugins.yolo.teacher import build_teacher, find_teacher, input_channels
+from kd_plugins.yolo.teacher import build_teacher, class_names, find_teacher, input_channels
 
 OLDEST = (8, 4, 140)
 EVENTS = ('on_pretrain_routine_end', 'on_train_epoch_start', 'on_train_batch_start', 'on_train_epoch_end', 'teardown')
@@ -118,10 +118,9 @@ class DistillCallback:
         model = unwrapped(trainer.model)
         student = getattr(model, 'student_model', model)
         self._refuse_self_teaching(trainer)
-        both = {'both': ('one2many', 'one2one')}.get(self.options.branch, (self.options.branch,))
         teacher = build_teacher(
             self.options.teacher,
-            branches=both,
+            branches=BRANCHES if self.options.branch == 'both' else (self.options.branch,),
             feats=self.options.feature is not None,
             trusted=self.options.trusted,
         )
@@ -214,15 +213,15 @@ class DistillCallback:
 
     def _refuse_self_teaching(self, trainer: Any) -> None:
         start = str(trainer.args.model)
-        if not trainer.resume and os.path.isfile(start) and os.path.realpath(start) == self._real_teacher:
+        if (
+            not trainer.resume
+            and os.path.isfile(start)
+            and os.path.realpath(start) == os.path.realpath(self.options.teacher)
+        ):
             raise DistillError(
                 f"The student starts from the teacher's own file {start!r}: they would be equal and nothing would be "
                 'learned; give another model or another teacher.'
             )
-
-    @property
-    def _real_teacher(self) -> str:
-        return os.path.realpath(self.options.teacher)
 
     def _write_yaml(self, trainer: Any) -> None:
         from ultralytics.utils import YAML
@@ -307,13 +306,6 @@ def pair_classes(
         ) from error
 
 
-def class_names(names: Any) -> list[str] | None:
-    """Class names in order, from Ultralytics' dict or list."""
-    if isinstance(names, Mapping):
-        return [str(names[k]) for k in sorted(names)]
-    return None if names is None else [str(n) for n in names]
-
-
 def owner_of(callback: Any) -> Any:
     """The object a bound method belongs to."""
     return getattr(callback, '__self__', None)
@@ -341,8 +333,6 @@ def is_main() -> bool:
 
 
 def _count(model: nn.Module) -> int | None:
-    from kd_plugins.yolo.heads import head_of
-
     head = head_of(model)
     if isinstance(getattr(head, 'nc', None), int):
         return head.nc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,9 @@ def load_model(path: str, trusted: bool = False) -> nn.Module:
 
     Args:
         path: Absolute path.
-        trusted: Allow the file to run code while it is loaded (needed for models with classes of one's own). By
-            default only the known classes of Ultralytics and torch are restored.
+        trusted: Allow the file to run code while it is loaded (needed for models with classes of one's own), and
+            Ultralytics to pip-install packages that it names. By default only the known classes of Ultralytics and
+            torch are restored.
 
     Raises:
         DistillError: The file is damaged or not an Ultralytics model.
@@ -119,7 +120,6 @@ def build_teacher(
         _run_raw(head, tuple(branches), feats)
     with untouched_rng():
         model.fuse(verbose=False)
-    names = getattr(model, 'names', None)
     return Teacher(
         model,
         _run,
@@ -127,8 +127,15 @@ def build_teacher(
         name=f'{os.path.basename(path)} ({type(model).__name__}, {type(head).__name__})',
         checkpoint=path,
         normalization="the student's batch as it is",
-        classes=list(names.values()) if isinstance(names, dict) else names,
+        classes=class_names(getattr(model, 'names', None)),
     )
+
+
+def class_names(names: Any) -> list[str] | None:
+    """Class names in order, from Ultralytics' dict or list."""
+    if isinstance(names, Mapping):
+        return [str(names[k]) for k in sorted(names)]
+    return None if names is None else [str(n) for n in names]
 
 
 def head_path(model: nn.Module) -> str:
