@@ -96,6 +96,15 @@ for part in ('backbone', 'neck', 'bbox_head'):
 del part
 """
 
+# For gfl. Dropout 0.5 and drop path 0.9 in the backbone, BatchNorm in the neck: any of them active in a teacher would
+# show at once, and a student that has them draws random numbers in every iteration.
+DROPOUT = """
+model['backbone'] = dict(
+    _delete_=True, type='SwinTransformer', embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8],
+    window_size=7, drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.9, out_indices=(0, 1, 2, 3))
+model['neck'] = dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=dict(type='BN'))
+"""
+
 LOGITS = dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head')
 FEATURES = dict(loss=dict(type='FeatureMSELoss'), student='neck', teacher='neck')
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.integration.lab import FEATURES, LOGITS, Probe, difference, ema, weights
+from tests.integration.lab import DROPOUT, FEATURES, LOGITS, Probe, difference, ema, weights
 
 
 def zero(term):
@@ -19,9 +19,13 @@ def assert_same_run(one, other, one_probe, other_probe):
         assert {k: v for k, v in ours.items() if 'kd' not in k} == plain
 
 
-@pytest.mark.parametrize('family', ['yolox', 'rtmdet', 'gfl'])
-def test_weight_zero_in_hook_form_equals_the_plain_run(lab, family):
-    config = lab.plain(family)
+@pytest.mark.parametrize(
+    ('family', 'extra'),
+    [('yolox', ''), ('rtmdet', ''), ('gfl', ''), ('gfl', DROPOUT)],
+    ids=['yolox', 'rtmdet', 'gfl', 'a student with dropout'],
+)
+def test_weight_zero_in_hook_form_equals_the_plain_run(lab, family, extra):
+    config = lab.plain(family, extra=extra)
     plain, distilled = Probe(), Probe()
     one = lab.train(config, plain)
     other = lab.train(lab.hook_form(config, lab.teacher(family), dict(logits=zero(LOGITS))), distilled)

@@ -8,15 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.integration.lab import FEATURES, LOGITS, Probe, distill_hook, ema
-
-# Dropout 0.5 and drop path 0.9 in the backbone, BatchNorm in the neck: any of them active would show at once.
-NOISY = """
-model['backbone'] = dict(
-    _delete_=True, type='SwinTransformer', embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8],
-    window_size=7, drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.9, out_indices=(0, 1, 2, 3))
-model['neck'] = dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=dict(type='BN'))
-"""
+from tests.integration.lab import DROPOUT, FEATURES, LOGITS, Probe, distill_hook, ema
 
 
 def run(lab, form, check=None):
@@ -26,7 +18,7 @@ def run(lab, form, check=None):
         if form == 'hook_form'
         else dict(features={**FEATURES, 'student': 'backbone[0]', 'teacher': 'backbone[0]'})
     )
-    return lab.train(getattr(lab, form)(config, lab.teacher('gfl', extra=NOISY), terms), Probe(check))
+    return lab.train(getattr(lab, form)(config, lab.teacher('gfl', extra=DROPOUT), terms), Probe(check))
 
 
 @pytest.mark.parametrize('form', ['hook_form', 'model_form'])
@@ -40,7 +32,7 @@ def test_teacher_is_bit_identical_after_training(lab, form):
 
     runner = run(lab, form, check)
     teacher = distill_hook(runner).distiller.teacher
-    stored = torch.load(lab.teacher('gfl', extra=NOISY)['checkpoint'])['state_dict']
+    stored = torch.load(lab.teacher('gfl', extra=DROPOUT)['checkpoint'])['state_dict']
     assert len(prints) == 4 and len(set(prints)) == 1
     assert set(stored) == set(bits[-1])
     assert all(torch.equal(stored[k], v) for k, v in bits[-1].items())
@@ -109,8 +101,9 @@ def test_copies_and_pickles_made_in_mid_training_leave_the_teacher_out(lab, form
         assert len(_teachers()) == before, 'the copy copied the teacher'
         sizes['copy'] = sum(p.numel() for p in copied.parameters())
         # A copy trains and predicts without distilling: the hook belongs to the original.
-        copied.eval()
-        assert copied(torch.rand(1, 3, 96, 96), mode='tensor')
+        data = copied.data_preprocessor(next(iter(runner.train_dataloader)), True)
+        assert not [k for k in copied(**data, mode='loss') if 'kd' in k]
+        assert copied.eval()(data['inputs'], mode='tensor')
         stored = pickle.dumps(runner.model)
         sizes['pickle'] = len(stored)
         loaded = pickle.loads(stored)
