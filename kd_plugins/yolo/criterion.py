@@ -43,17 +43,11 @@ class KDCriterion:
     def __delattr__(self, name: str) -> None:
         delattr(self._plain, name)
 
-    def __copy__(self) -> Any:
-        return copy.copy(self._plain)
-
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self._plain, memo)
 
     def __reduce_ex__(self, protocol: int) -> Any:
         return self._plain.__reduce_ex__(protocol)
-
-    def __reduce__(self) -> Any:
-        return self._plain.__reduce__()
 
 
 def plain_criterion(criterion: Any) -> Any:
