@@ -1,6 +1,7 @@
 """YOLOX on scenes of real handwritten digits (tools/prepare_digits.py): data, evaluation, schedule for two CPU cores.
 
-Children set the width of the model and ``train_cfg.max_epochs``. ``DIGITS_ROOT`` in the environment names another folder.
+Children set the width of the model and ``train_cfg.max_epochs``. ``DIGITS_ROOT`` in the environment names another
+folder.
 """
 
 _base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
@@ -38,7 +39,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=1,
     persistent_workers=True,
     dataset=dict(
@@ -70,7 +71,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=30, val_interval=5)
+train_cfg = dict(max_epochs=16, val_interval=4)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.002, weight_decay=0.01), clip_grad=dict(max_norm=35.0)
 )
@@ -79,9 +80,9 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.05, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=2e-5, by_epoch=True, begin=0, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=1))
 # A run of about 2000 steps: the average reaches back 100 steps, not the 10,000 of the COCO schedule.
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.01, gamma=100, update_buffers=True, priority=49)
 ]
-log_processor = dict(window_size=10)
+log_processor = dict(window_size=25)

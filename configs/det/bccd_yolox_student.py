@@ -6,3 +6,5 @@ model = dict(
     neck=dict(in_channels=[32, 64, 128], out_channels=32),
     bbox_head=dict(in_channels=32, feat_channels=32),
 )
+optim_wrapper = dict(optimizer=dict(lr=0.003))
+train_cfg = dict(max_epochs=40, val_interval=8)

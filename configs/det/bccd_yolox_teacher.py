@@ -6,3 +6,4 @@ model = dict(
     neck=dict(in_channels=[64, 128, 256], out_channels=64),
     bbox_head=dict(in_channels=64, feat_channels=64),
 )
+train_cfg = dict(max_epochs=50, val_interval=10)

@@ -6,3 +6,4 @@ model = dict(
     neck=dict(in_channels=[32, 64, 128], out_channels=32),
     bbox_head=dict(in_channels=32, feat_channels=32),
 )
+optim_wrapper = dict(optimizer=dict(lr=0.003))
