@@ -81,5 +81,5 @@ def test_resume_from_a_plain_checkpoint_is_refused_in_the_model_form(lab):
     plain = lab.train(config)
     config = lab.model_form(config, lab.teacher())
     config.resume, config.load_from = True, os.path.join(plain.work_dir, 'epoch_1.pth')
-    with pytest.raises(DistillError, match='holds no adapters.*load_from'):
+    with pytest.raises(DistillError, match=r'holds no adapters.*load_from'):
         lab.train(config)
