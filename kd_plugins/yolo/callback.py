@@ -16,6 +16,7 @@ from kd_plugins.yolo.criterion import KDCriterion, plain_criterion
 from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, head_of
 from kd_plugins.yolo.losses import YOLODistiller
 from kd_plugins.yolo.options import DistillOptions
+from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.teacher import build_teacher, class_names, find_teacher, input_channels
 
 OLDEST = (8, 4, 140)
@@ -95,8 +96,7 @@ class DistillCallback:
                 f"register expects the model, YOLO('yolo11n.yaml'), or a trainer, got {type(model).__name__}."
             )
         check_version()
-        others = [c for c in model.callbacks.get(EVENTS[0], []) if isinstance(owner_of(c), DistillCallback)]
-        if others:
+        if registered(model):
             raise DistillError(
                 'The model already has a DistillCallback; call its unregister(model) first, or a second teacher would '
                 'replace it without a word.'
@@ -224,9 +224,7 @@ class DistillCallback:
             )
 
     def _write_yaml(self, trainer: Any) -> None:
-        from ultralytics.utils import YAML
-
-        YAML.save(os.path.join(trainer.save_dir, 'kd.yaml'), self.options.to_dict())
+        write_recipe(os.path.join(trainer.save_dir, FILE), self.options)
 
     def _schedule_text(self, epochs: int) -> str:
         last = f'up to epoch {self.options.stop}' if self.options.stop is not None else 'to the end'
@@ -304,6 +302,12 @@ def pair_classes(
             f'{text} If they mean the same under other names, write class_map={{student name: teacher name}}, or '
             "classes=[...] with the names of the teacher's outputs."
         ) from error
+
+
+def registered(model: Any) -> list[DistillCallback]:
+    """The distillations that a model or trainer has."""
+    owners = (owner_of(c) for handlers in model.callbacks.values() for c in handlers)
+    return list({id(o): o for o in owners if isinstance(o, DistillCallback)}.values())
 
 
 def owner_of(callback: Any) -> Any:
