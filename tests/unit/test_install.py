@@ -216,9 +216,18 @@ def test_interruption_ends_what_was_started(tmp_path):
         grandchild = int((tmp_path / 'pid').read_text())
         process.send_signal(signal.SIGTERM)
         process.wait(10)
-    time.sleep(0.2)
-    state = Path(f'/proc/{grandchild}/stat')
-    assert not state.exists() or state.read_text().rpartition(')')[2].split()[0] == 'Z'
+    deadline = time.monotonic() + 20
+    while _runs(grandchild) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(grandchild)
+
+
+def _runs(process: int) -> bool:
+    try:
+        state = Path(f'/proc/{process}/stat').read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state.rpartition(')')[2].split()[0] != 'Z'
 
 
 @pytest.mark.parametrize(
