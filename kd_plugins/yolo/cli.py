@@ -57,7 +57,8 @@ def run(arguments: list[str]) -> None:
     Raises:
         DistillError: A ``kd_*`` option is wrong, or a distilled run cannot be resumed as it was.
     """
-    if not arguments or any(a in HELP for a in arguments):
+    # `yolo solutions help` and the like are other pages.
+    if not arguments or arguments[0] in HELP or ('train' in arguments and any(a in HELP for a in arguments)):
         print(help_text())
         return
     if arguments[0] in SWITCH:
