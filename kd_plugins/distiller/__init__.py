@@ -2,24 +2,33 @@
 
 from kd_plugins.distiller.checkpoints import find_weights, load_checkpoint
 from kd_plugins.distiller.engine import AdapterBank, Distiller, Position
+from kd_plugins.distiller.pixels import ULTRALYTICS, PixelFormat, Renormalize
+from kd_plugins.distiller.sources import build_source, find_source, register_teacher, teacher_kind
 from kd_plugins.distiller.summary import summary
 from kd_plugins.distiller.taps import Capture, Tap, find_module
 from kd_plugins.distiller.teacher import Teacher, load_strictly, untouched_rng
 from kd_plugins.distiller.terms import Term, build_terms
 
 __all__ = [
+    'ULTRALYTICS',
     'AdapterBank',
     'Capture',
     'Distiller',
+    'PixelFormat',
     'Position',
+    'Renormalize',
     'Tap',
     'Teacher',
     'Term',
+    'build_source',
     'build_terms',
     'find_module',
+    'find_source',
     'find_weights',
     'load_checkpoint',
     'load_strictly',
+    'register_teacher',
     'summary',
+    'teacher_kind',
     'untouched_rng',
 ]

@@ -35,6 +35,10 @@ class Teacher:
         checkpoint: For the summary: where the weights come from.
         normalization: For the summary: how inputs are brought to the teacher's normalisation.
         classes: Names of the classes it knows, in order, or None when unknown.
+        num_classes: How many it predicts, or None when unknown.
+        head: Path of the module whose output is what it predicts.
+        kind: Key of the ``teacher`` mapping that it came from, ``''`` for others.
+        channels: Image channels it takes, or None when unknown.
     """
 
     def __init__(
@@ -47,6 +51,10 @@ class Teacher:
         checkpoint: str = '',
         normalization: str = 'same as student',
         classes: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        head: str = '',
+        kind: str = '',
+        channels: int | None = 3,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         self._run = run
@@ -55,6 +63,8 @@ class Teacher:
         self.checkpoint = checkpoint
         self.normalization = normalization
         self.classes = None if classes is None else tuple(classes)
+        self.num_classes = num_classes
+        self.head, self.kind, self.channels = head, kind, channels
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self

@@ -3,7 +3,8 @@
 Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss``, a cross-entropy),
 computes in float32 outside autocast (float64 stays), sends no gradient to the teacher, and states its reduction. The
 class attribute ``consumes`` says what it is given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)``
-tensors) or ``'predictions'`` (two aligned ``DensePredictions``); a loss with ``needs_target`` takes the labels as third
+tensors) ``'predictions'`` (two aligned ``DensePredictions``) or ``'masks'`` (two
+``(B, K, H, W)`` maps of mask logits); a loss with ``needs_target`` takes the labels as third
 argument. Only torch is needed::
 
     from kd_plugins.losses import KLDivLoss, kl_div
@@ -20,6 +21,7 @@ from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
 from kd_plugins.losses.hard_label import HardLabelLoss, hard_label
 from kd_plugins.losses.kl_div import KLDivLoss, kl_div
 from kd_plugins.losses.localization_distill import LocalizationDistillLoss, localization_distill
+from kd_plugins.losses.mask_kl_div import MaskKLDivLoss, mask_kl_div
 from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     'HardLabelLoss',
     'KLDivLoss',
     'LocalizationDistillLoss',
+    'MaskKLDivLoss',
     'YOLOLogitLoss',
     'binary_kl_div',
     'box_iou',
@@ -40,5 +43,6 @@ __all__ = [
     'hard_label',
     'kl_div',
     'localization_distill',
+    'mask_kl_div',
     'yolo_logit',
 ]

@@ -40,7 +40,8 @@ class DistillHook(Hook):
 
     Args:
         teacher: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``. ``config`` is a
-            file or ``'mmdet::path'``. ``classes`` names its classes when neither checkpoint nor config does.
+            file or ``'mmdet::path'``. ``classes`` names its classes when neither checkpoint nor config does. Or
+            ``dict(ultralytics='x.pt', classes=None, trusted=False)``: its head is tapped as ``bbox_head`` too.
         terms: Mapping of name to ``dict(loss=dict(type=...), student='tap', teacher='tap', adapter='auto', weight=1.0,
             temperature=None)``. ``weight`` and ``temperature`` may be schedules.
         start: First epoch with KD (iteration in an ``IterBasedTrainLoop``), counted from 0.
@@ -92,7 +93,7 @@ class DistillHook(Hook):
             names,
             teacher.classes,
             student_count=num_classes(model),
-            teacher_count=num_classes(teacher.model),
+            teacher_count=teacher.num_classes,
         )
         held = getattr(model, BANK, None)
         self.distiller = build_distiller(model, teacher, options, held, classes=classes)

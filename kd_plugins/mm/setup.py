@@ -14,8 +14,8 @@ from kd_plugins.distiller import AdapterBank, Distiller, Teacher, build_terms, u
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.forward import run_modules
-from kd_plugins.mm.inputs import TeacherInputs, normalize
-from kd_plugins.mm.teacher import build_architecture, config_name
+from kd_plugins.mm.inputs import normalize
+from kd_plugins.mm.teacher import build_untrained
 
 DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop')
 
@@ -94,9 +94,7 @@ def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
         DistillError: The options are wrong or the terms do not fit.
     """
     check_options(distill)
-    model, _ = build_architecture(distill['teacher'])
-    inputs = TeacherInputs(getattr(student, 'data_preprocessor', None), getattr(model, 'data_preprocessor', None))
-    teacher = Teacher(model, run_modules, inputs, name=config_name(distill['teacher']))
+    teacher = build_untrained(distill['teacher'], student)
     with untouched_rng():
         distiller = build_distiller(student, teacher, distill)
         dry_run(distiller, check_values=False)

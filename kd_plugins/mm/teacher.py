@@ -13,11 +13,21 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
-from kd_plugins.distiller import Teacher, find_weights, load_checkpoint, load_strictly, untouched_rng
+from kd_plugins.distiller import (
+    PixelFormat,
+    Teacher,
+    build_source,
+    find_source,
+    find_weights,
+    load_checkpoint,
+    load_strictly,
+    teacher_kind,
+    untouched_rng,
+)
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules
-from kd_plugins.mm.inputs import TeacherInputs
+from kd_plugins.mm.inputs import TeacherInputs, pixel_format
 
 TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected')
 
@@ -53,12 +63,13 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> tuple[Teacher, list[str]]:
+def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> tuple[Teacher, list[str]]:
     """Build and completely load a teacher.
 
     Args:
-        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``.
-        student: The student; its ``data_preprocessor`` says how its inputs are normalised.
+        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``, or the ``teacher`` of
+            another framework, e.g. ``dict(ultralytics='x.pt')``.
+        student: The student, whose ``data_preprocessor`` says how its inputs are normalised; or the format itself.
 
     Returns:
         The teacher and notes for the summary.
@@ -66,6 +77,9 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> tuple[Teacher, 
     Raises:
         DistillError: Something is missing, misspelt, damaged or does not fit.
     """
+    known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
+    if teacher_kind(cfg) not in (None, 'config'):
+        return build_foreign(cfg, known)
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -79,7 +93,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> tuple[Teacher, 
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    inputs = TeacherInputs(getattr(student, 'data_preprocessor', None), getattr(model, 'data_preprocessor', None))
+    inputs = TeacherInputs(known, getattr(model, 'data_preprocessor', None))
     teacher = Teacher(
         model,
         run_modules,
@@ -88,7 +102,27 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module) -> tuple[Teacher, 
         checkpoint=source,
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
+        num_classes=num_classes(model),
+        head='bbox_head',
+        kind='config',
     )
+    return teacher, notes
+
+
+def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
+    """A teacher for the shapes of its outputs; of the MM family with random weights."""
+    if teacher_kind(cfg) not in (None, 'config'):
+        return build_teacher(cfg, student)[0]
+    model, _ = build_architecture(cfg)
+    inputs = TeacherInputs(getattr(student, 'data_preprocessor', None), getattr(model, 'data_preprocessor', None))
+    return Teacher(model, run_modules, inputs, name=config_name(cfg))
+
+
+def build_foreign(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
+    """A teacher of another framework, whose head answers to ``bbox_head`` like that of a detector here."""
+    teacher, notes = build_source(find_source(cfg), student)
+    if not hasattr(teacher.model, 'bbox_head'):
+        raise DistillError(f'The teacher {teacher.name} is no detector, and cannot teach models of this framework.')
     return teacher, notes
 
 

@@ -17,7 +17,7 @@ from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, head_of
 from kd_plugins.yolo.losses import YOLODistiller
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
-from kd_plugins.yolo.teacher import build_teacher, class_names, find_teacher, input_channels
+from kd_plugins.yolo.teacher import build_teacher, class_count, class_names, find_any_teacher, has_masks, input_channels
 
 OLDEST = (8, 4, 140)
 EVENTS = ('on_pretrain_routine_end', 'on_train_epoch_start', 'on_train_batch_start', 'on_train_epoch_end', 'teardown')
@@ -44,7 +44,8 @@ class DistillCallback:
     What is pickled of it is its options, so that Ultralytics' processes on several GPUs can receive it.
 
     Args:
-        teacher: The teacher's ``.pt`` file, or the name of an official model; or all options as `DistillOptions`.
+        teacher: The teacher's ``.pt`` file, the name of an official model, or a model of another framework as a mapping
+            (see `DistillOptions`); or all options as `DistillOptions`.
         **options: The other options of `DistillOptions`, which see.
 
     Attributes:
@@ -62,9 +63,9 @@ class DistillCallback:
             checked = teacher
         else:
             check_keys(options, DistillOptions.names(), 'DistillCallback')
-            checked = DistillOptions(find_teacher(teacher), **options)
+            checked = DistillOptions(find_any_teacher(teacher), **options)
         # Absolute: the processes on several GPUs start in another folder.
-        self.options = checked.replace(teacher=find_teacher(checked.teacher))
+        self.options = checked.replace(teacher=find_any_teacher(checked.teacher))
         self._forget()
 
     def _forget(self) -> None:
@@ -122,9 +123,10 @@ class DistillCallback:
             self.options.teacher,
             branches=BRANCHES if self.options.branch == 'both' else (self.options.branch,),
             feats=self.options.feature is not None,
+            masks=has_masks(head_of(student)) and self.options.mask != 0,
             trusted=self.options.trusted,
         )
-        channels = input_channels(student), input_channels(teacher.model)
+        channels = input_channels(student), teacher.channels
         if channels[0] != channels[1]:
             raise DistillError(
                 f'The student takes images of {channels[0]} channel(s) and the teacher of {channels[1]}; train a '
@@ -132,7 +134,7 @@ class DistillCallback:
             )
         names = class_names(trainer.data.get('names'))
         theirs = self.options.classes if self.options.classes is not None else teacher.classes
-        classes = pair_classes(names, theirs, self.options.class_map, _count(student), _count(teacher.model))
+        classes = pair_classes(names, theirs, self.options.class_map, class_count(student), teacher.num_classes)
         if self.options.start >= trainer.epochs:
             raise DistillError(
                 f'start={self.options.start} is not before the end of the run ({trainer.epochs} epochs).'
@@ -215,6 +217,7 @@ class DistillCallback:
         start = str(trainer.args.model)
         if (
             not trainer.resume
+            and isinstance(self.options.teacher, str)
             and os.path.isfile(start)
             and os.path.realpath(start) == os.path.realpath(self.options.teacher)
         ):
@@ -334,13 +337,6 @@ def is_main() -> bool:
     from ultralytics.utils import RANK
 
     return RANK in (-1, 0)
-
-
-def _count(model: nn.Module) -> int | None:
-    head = head_of(model)
-    if isinstance(getattr(head, 'nc', None), int):
-        return head.nc
-    return getattr(getattr(head, 'linear', None), 'out_features', None)
 
 
 def _classes_text(student: Any, teacher: Any, classes: Any) -> str:

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Teacher, untouched_rng
+from kd_plugins.distiller import Capture, Teacher, find_module, untouched_rng
 from kd_plugins.distiller.schedules import Constant, Schedule, build_schedule
 from kd_plugins.distiller.summary import Row
+from kd_plugins.distiller.taps import Call
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import DensePredictions, align, read
+from kd_plugins.losses import MaskKLDivLoss
+from kd_plugins.predictions import DensePredictions, align, find_reader, read
 from kd_plugins.yolo.heads import family_of, head_of, is_rotated, raw_predictions, select_branch
+from kd_plugins.yolo.masks import MaskPair, pair_masks, prototypes
 from kd_plugins.yolo.options import DistillOptions
-from kd_plugins.yolo.teacher import crop_levels, follow, head_path
+from kd_plugins.yolo.teacher import follow, has_masks, head_path
 
 #: Column of every term. Ultralytics' table has room for 10 characters, and plots what has ``loss`` in its name.
-COLUMNS = {'cls': 'kdcls_loss', 'box': 'kdbox_loss', 'feature': 'kdfea_loss'}
+COLUMNS = {'cls': 'kdcls_loss', 'box': 'kdbox_loss', 'mask': 'kdmsk_loss', 'feature': 'kdfea_loss'}
 Classes = tuple[Sequence[int], Sequence[int]] | None
 
 
@@ -59,7 +62,11 @@ class YOLODistiller:
     def __init__(self, student: nn.Module, teacher: Teacher, options: DistillOptions, classes: Classes = None) -> None:
         self.student, self.teacher, self.options, self.classes = student, teacher, options, classes
         self.family = family_of(student, 'student')
-        theirs = family_of(teacher.model, 'teacher')
+        self.native = teacher.kind in ('', 'ultralytics')
+        theirs = family_of(teacher.model, 'teacher') if self.native else None
+        self.teacher_tap = head_path(teacher.model) if self.native else teacher.head
+        self.teacher_head = find_module(teacher.model, self.teacher_tap, 'teacher')
+        theirs = theirs or ('dense' if _readable(self.teacher_head) else 'classify')
         if theirs != self.family:
             words = {'dense': 'detector', 'classify': 'classifier'}
             raise DistillError(
@@ -118,15 +125,15 @@ class YOLODistiller:
         """
         live = [t for t in self.terms if t.weight(self.progress) > 0]
         # Autocast is left as it is for the teacher (it follows the student's precision), and off for the losses.
-        output = self._run_teacher(image)
+        taught = self._run_teacher(image)
         result: dict[str, Tensor] = {}
         with torch.autocast(image.device.type, enabled=False):
             if self.family == 'classify':
-                pair = self._logits(preds), self._logits(output)
+                pair = self._logits(preds), self._logits(taught.output)
                 found = [(1.0, lambda term: self._classify(term, *pair))]
             else:
                 found = [
-                    (factor, self._dense(preds, output, branch)) for branch, factor in self._branches(preds) if factor
+                    (factor, self._dense(preds, taught, branch)) for branch, factor in self._branches(preds) if factor
                 ]
             for factor, evaluate in found:
                 for term in live:
@@ -134,10 +141,9 @@ class YOLODistiller:
                     result[term.name] = result[term.name] + value if term.name in result else value
         return result
 
-    def _run_teacher(self, image: Tensor) -> Any:
-        path = head_path(self.teacher.model)
+    def _run_teacher(self, image: Tensor) -> Call:
         image = follow(self.teacher, image, self.student)
-        return self.teacher(image, None, [path]).call(path).output
+        return self.teacher(image, None, [self.teacher_tap]).call(self.teacher_tap)
 
     def _branches(self, preds: Any) -> list[tuple[str, float]]:
         """Branches that learn, and the factor the criterion gives them in this epoch."""
@@ -148,25 +154,39 @@ class YOLODistiller:
         chosen = ('one2many', 'one2one') if self.options.branch == 'both' else (self.options.branch,)
         return [(b, float(factors[b])) for b in chosen]
 
-    def _dense(self, preds: Any, output: Any, branch: str) -> Callable[[Term], Tensor]:
-        ours, theirs = select_branch(preds, branch), select_branch(output, branch)
-        student, teacher = self.read_pair(ours, theirs)
+    def _dense(self, preds: Any, taught: Call, branch: str) -> Callable[[Term], Tensor]:
+        ours, theirs = select_branch(preds, branch), self._teacher_branch(taught, branch)
+        student, teacher = self.read_pair(ours, theirs, taught.training)
 
         def evaluate(term: Term) -> Tensor:
             if term.name == 'feature':
                 return self._features(term, ours, theirs)
+            if term.name == 'mask':
+                masks = self._masks(ours, theirs, teacher)
+                return term.loss(masks.student, masks.teacher, masks.inside, masks.weight)
             return term_loss(term.loss, student, teacher)
 
         return evaluate
 
-    def read_pair(self, ours: Any, theirs: Any) -> tuple[DensePredictions, DensePredictions]:
-        """Aligned predictions of student and teacher from the raw predictions of one branch of each."""
+    def _teacher_branch(self, taught: Call, branch: str) -> Any:
+        """What the teacher's head returned; of an Ultralytics head one branch."""
+        return select_branch(taught.output, branch) if self.native else taught.output
+
+    def read_pair(self, ours: Any, theirs: Any, training: bool = False) -> tuple[DensePredictions, DensePredictions]:
+        """Aligned predictions of student and teacher.
+
+        Args:
+            ours: The student's raw predictions (one branch).
+            theirs: What the teacher's head returned (one branch).
+            training: Mode of the teacher's head in that call.
+        """
         student = read(head_of(self.student), ours, training=True)
-        head = head_of(self.teacher.model)
-        sizes, strides = [tuple(f.shape[-2:]) for f in theirs['feats']], [float(s) for s in head.stride]
-        theirs = crop_levels(theirs, sizes, strides, dict(zip(student.strides, student.level_sizes, strict=True)))
-        teacher = read(head, theirs, training=True).detach()
+        teacher = read(self.teacher_head, theirs, training=training).detach()
         return align(student, teacher, self.classes)
+
+    def _masks(self, ours: Any, theirs: Any, teacher: DensePredictions) -> MaskPair:
+        strides = [[float(s) for s in head.stride] for head in (head_of(self.student), self.teacher_head)]
+        return pair_masks(ours, theirs, *strides, teacher, self.options.mask_topk)
 
     def _features(self, term: Term, ours: Any, theirs: Any) -> Tensor:
         values = []
@@ -183,7 +203,7 @@ class YOLODistiller:
 
     def _feature_levels(self, ours: Any, theirs: Any) -> list[tuple[float, Tensor, Tensor]]:
         mine = dict(zip((float(s) for s in head_of(self.student).stride), ours['feats'], strict=True))
-        other = dict(zip((float(s) for s in head_of(self.teacher.model).stride), theirs['feats'], strict=True))
+        other = dict(zip((float(s) for s in self.teacher_head.stride), theirs['feats'], strict=True))
         common = sorted(set(mine) & set(other))
         if not common:
             raise DistillError(f'Student and teacher have no level in common: strides {list(mine)} and {list(other)}.')
@@ -235,14 +255,16 @@ class YOLODistiller:
                 with Capture(student, [path], 'student') as capture:
                     student(image)
                 preds = capture.call(path).output
-            output = self._run_teacher(image)
+            taught = self._run_teacher(image)
         if self.family == 'classify':
-            return self._check_classify(self._logits(preds), self._logits(output))
-        return self._check_dense(preds, output)
+            return self._check_classify(self._logits(preds), self._logits(taught.output))
+        return self._check_dense(preds, taught)
 
     def _check_classify(self, student: Tensor, teacher: Tensor) -> list[Row]:
-        if self.options.box not in (None, 0) or self.options.feature not in (None, 0):
-            raise DistillError('A classify student has no boxes or pyramid: leave box and feature out and use cls.')
+        if any(getattr(self.options, name) not in (None, 0) for name in ('box', 'mask', 'feature')):
+            raise DistillError(
+                'A classify student has no boxes or pyramid: leave box, mask and feature out and use cls.'
+            )
         _finite(teacher)
         self.terms = [Term('cls', self.options.build_loss('cls_loss', 'kl'), self._weight('cls', 1.0))]
         term = self.terms[0]
@@ -256,9 +278,9 @@ class YOLODistiller:
         self._target = torch.zeros(len(student), dtype=torch.long, device=student.device)
         self._classify(term, student.float(), teacher.float())
         shapes = f'{student.shape[1]} logits', f'{teacher.shape[1]} logits'
-        return [self._row(term, *shapes, 'Classify', 'Classify')]
+        return [self._row(term, *shapes, 'Classify', type(self.teacher_head).__name__)]
 
-    def _check_dense(self, preds: Any, output: Any) -> list[Row]:
+    def _check_dense(self, preds: Any, taught: Call) -> list[Row]:
         raw = raw_predictions(preds)
         if 'boxes' in raw and self.options.branch != 'one2many':
             raise DistillError(
@@ -266,8 +288,8 @@ class YOLODistiller:
                 'out.'
             )
         branch = 'one2one' if self.options.branch == 'one2one' else 'one2many'
-        ours, theirs = select_branch(preds, branch), select_branch(output, branch)
-        student, teacher = self.read_pair(ours, theirs)
+        ours, theirs = select_branch(preds, branch), self._teacher_branch(taught, branch)
+        student, teacher = self.read_pair(ours, theirs, taught.training)
         _finite(teacher.cls)
         weights = {'cls': self._weight('cls', 1.0), 'box': self._weight('box', 1.0)}
         self.terms = [Term('cls', self.options.build_loss('cls_loss', 'bce'), weights['cls'])]
@@ -281,7 +303,14 @@ class YOLODistiller:
                 'The boxes of an obb model are rotated, those of the other model are not: set box=0 to distil the '
                 'classes only, or use an obb teacher for an obb student.'
             )
+        if self._has_masks():
+            self.terms.append(Term('mask', MaskKLDivLoss(), self._weight('mask', 1.0)))
         if self.options.feature is not None:
+            if not self.native:
+                raise DistillError(
+                    'feature compares the inputs of two Ultralytics heads, and this teacher has another kind of head: '
+                    'set feature=None.'
+                )
             self.terms.append(Term('feature', self.options.build_loss('feature_loss'), self._weight('feature', 0.0)))
         rows = []
         for term in self.terms:
@@ -292,16 +321,31 @@ class YOLODistiller:
                     shapes = tuple(
                         ', '.join('x'.join(map(str, level[i].shape[1:])) for level in levels) for i in (1, 2)
                     )
+                elif term.name == 'mask':
+                    shapes = tuple('{} prototypes of {}x{}'.format(*prototypes(r).shape[1:]) for r in (ours, theirs))
+                    self._masks(ours, theirs, teacher)
                 else:
                     if not _off(term.weight):
                         term_loss(term.loss, student, teacher)
                     shapes = describe(student), describe(teacher)
             except DistillError as error:
                 raise DistillError(f'{term.name}: {error}') from error
-            names = [f'{type(head_of(m)).__name__}' for m in (self.student, self.teacher.model)]
+            names = [type(head).__name__ for head in (head_of(self.student), self.teacher_head)]
             mine = names[0] if 'boxes' in raw else f'{names[0]}.{self.options.branch}'
             rows.append(self._row(term, *shapes, mine, names[1]))
         return rows
+
+    def _has_masks(self) -> bool:
+        """Whether masks are distilled: by default when both heads have them."""
+        if _off(self._weight('mask', 1.0)):
+            return False
+        sides = (('student', head_of(self.student)), ('teacher', self.teacher_head))
+        without = [f'the {who} ({type(head).__name__})' for who, head in sides if not has_masks(head)]
+        if without and self.options.mask is not None:
+            raise DistillError(
+                f'mask: {" and ".join(without)} predicts no masks; leave mask out, or use two segment models.'
+            )
+        return not without
 
     def _weight(self, name: str, default: float) -> Schedule:
         value = getattr(self.options, name)
@@ -352,6 +396,14 @@ def _best_box(student: DensePredictions, teacher: DensePredictions) -> str:
 
 def _off(weight: Schedule) -> bool:
     return isinstance(weight, Constant) and weight.value == 0
+
+
+def _readable(head: nn.Module) -> bool:
+    try:
+        find_reader(head)
+    except DistillError:
+        return False
+    return True
 
 
 def _finite(tensor: Tensor) -> None:

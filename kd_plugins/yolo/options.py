@@ -42,9 +42,13 @@ class DistillOptions:
     KD losses of detect, segment, pose and obb are multiplied by the batch size, as all losses of these tasks are.
 
     Attributes:
-        teacher: The teacher's ``.pt`` file, or the name of an official model.
+        teacher: The teacher's ``.pt`` file, or the name of an official model; or a model of another framework:
+            ``dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(timm='resnet50', checkpoint='x.pth')``.
         cls: Weight of the class term. Default None: 1.
         box: Weight of the box term. Default None: 1 (0 for classify, which has no boxes).
+        mask: Weight of the term on assembled masks. Default None: 1 when student and teacher are segment models
+            (nothing else would teach their masks), else off.
+        mask_topk: Masks compared per image, of the anchors that the teacher is most confident about.
         feature: Weight of the term on the head's input features (neck outputs). Default None: off. There are no
             trainable projectors in a callback, so the channels must be equal unless the loss does not compare them.
         obj: Must stay 0: Ultralytics' heads have no objectness.
@@ -68,9 +72,11 @@ class DistillOptions:
         DistillError: A value cannot be right; without importing Ultralytics or looking at the file.
     """
 
-    teacher: str
+    teacher: str | Mapping[str, Any]
     cls: Any = None
     box: Any = None
+    mask: Any = None
+    mask_topk: int = 64
     feature: Any = None
     obj: float = 0.0
     cls_loss: Any = 'auto'
@@ -87,11 +93,11 @@ class DistillOptions:
     trusted: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.teacher, str) or not self.teacher:
+        if not isinstance(self.teacher, (str, Mapping)) or not self.teacher:
             raise DistillError(
                 f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {self.teacher!r}."
             )
-        for name in ('cls', 'box', 'feature'):
+        for name in ('cls', 'box', 'mask', 'feature'):
             if getattr(self, name) is not None:
                 build_schedule(getattr(self, name), name)
         if isinstance(self.obj, bool) or not isinstance(self.obj, (int, float)) or self.obj != 0:
@@ -103,6 +109,8 @@ class DistillOptions:
                 build_schedule(getattr(self, name), name, 0.0, strict=True)
                 if isinstance(getattr(self, name), Mapping):
                     raise DistillError(f'{name} must be a number, got {getattr(self, name)!r}.')
+        if isinstance(self.mask_topk, bool) or not isinstance(self.mask_topk, int) or self.mask_topk < 1:
+            raise DistillError(f'mask_topk must be a whole number >= 1, got {self.mask_topk!r}.')
         for name in ('foreground', 'trusted'):
             if not isinstance(getattr(self, name), bool):
                 raise DistillError(f'{name} must be True or False, got {getattr(self, name)!r}.')

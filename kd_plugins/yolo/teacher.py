@@ -1,9 +1,10 @@
-"""An Ultralytics ``.pt`` file as a teacher: safely loaded, frozen, fused, and run without decoding."""
+"""The teacher of a callback. An Ultralytics ``.pt`` is safely loaded, frozen, fused, and run without decoding."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from kd_plugins.distiller import Teacher, untouched_rng
+from kd_plugins.distiller import (
+    ULTRALYTICS,
+    PixelFormat,
+    Renormalize,
+    Teacher,
+    build_source,
+    find_source,
+    teacher_kind,
+    untouched_rng,
+)
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, family_of, head_of
 
-GREY = 114 / 255  # what Ultralytics pads images with
+GREY = ULTRALYTICS.pad
+
+
+def find_any_teacher(teacher: Any) -> str | dict[str, Any]:
+    """The absolute path of a ``.pt`` file, or the checked mapping of a teacher of another framework.
+
+    Args:
+        teacher: See :func:`find_teacher`; or ``dict(config=, checkpoint=)`` (a detector of mmdet), ``dict(timm=,
+            checkpoint=)`` (a classifier) or ``dict(ultralytics=)``.
+
+    Raises:
+        DistillError: It is misspelt or a file is missing.
+    """
+    if not isinstance(teacher, Mapping):
+        return find_teacher(teacher)
+    if teacher_kind(teacher) != 'ultralytics':
+        return find_source(teacher)
+    others = sorted(set(teacher) - {'ultralytics'})
+    if others:
+        raise DistillError(f'teacher=dict(ultralytics=...): write {", ".join(others)} beside teacher, not inside it.')
+    return find_teacher(teacher['ultralytics'])
 
 
 def find_teacher(path: Any) -> str:
@@ -97,18 +127,48 @@ def load_model(path: str, trusted: bool = False) -> nn.Module:
 
 
 def build_teacher(
-    path: str, *, branches: Sequence[str] = ('one2many',), feats: bool = False, trusted: bool = False
+    teacher: str | Mapping[str, Any],
+    *,
+    branches: Sequence[str] = ('one2many',),
+    feats: bool = False,
+    masks: bool = False,
+    trusted: bool = False,
 ) -> Teacher:
-    """Load a teacher and make it as cheap to run as possible.
+    """Load a teacher for an Ultralytics student.
 
     Args:
-        path: Absolute path of the ``.pt`` file.
+        teacher: What :func:`find_any_teacher` returned.
         branches: Which branches of an end-to-end head to compute.
         feats: Return the head's input features too.
+        masks: Return mask coefficients and prototypes too, where the head has them.
         trusted: See `load_model`.
 
+    Raises:
+        DistillError: It cannot be loaded or is of an unsupported kind.
+    """
+    if isinstance(teacher, Mapping):
+        return build_source(teacher, ULTRALYTICS)[0]
+    return load_teacher(teacher, branches=branches, feats=feats, masks=masks, trusted=trusted)
+
+
+def load_teacher(
+    path: str,
+    student: PixelFormat = ULTRALYTICS,
+    *,
+    branches: Sequence[str] = ('one2many',),
+    feats: bool = False,
+    masks: bool = False,
+    trusted: bool = False,
+) -> Teacher:
+    """Load a ``.pt`` file and make it as cheap to run as possible.
+
+    Args:
+        path: Its absolute path.
+        student: What the batches look like that it will be given.
+        branches: See `build_teacher`, as the other options.
+
     Returns:
-        The teacher; tap its head (:func:`head_path`) to get its raw output.
+        The teacher; tap its head to get its raw output.
 
     Raises:
         DistillError: It cannot be loaded or is of an unsupported kind.
@@ -117,17 +177,22 @@ def build_teacher(
     family = family_of(model, 'teacher')
     head = head_of(model)
     if family == 'dense':
-        _run_raw(head, tuple(branches), feats)
+        _run_raw(head, tuple(branches), feats, masks and has_masks(head))
     with untouched_rng():
         model.fuse(verbose=False)
+    inputs = Renormalize(student, ULTRALYTICS)
     return Teacher(
         model,
-        _run,
-        functools.partial(_prepare, model, _largest_stride(model) if family == 'dense' else 1),
+        functools.partial(_run_dense, _largest_stride(model)) if family == 'dense' else _run,
+        inputs,
         name=f'{os.path.basename(path)} ({type(model).__name__}, {type(head).__name__})',
         checkpoint=path,
-        normalization="the student's batch as it is",
+        normalization="the student's batch as it is" if inputs.same else inputs.description,
         classes=class_names(getattr(model, 'names', None)),
+        num_classes=class_count(model),
+        head=head_path(model),
+        kind='ultralytics',
+        channels=input_channels(model),
     )
 
 
@@ -136,6 +201,18 @@ def class_names(names: Any) -> list[str] | None:
     if isinstance(names, Mapping):
         return [str(names[k]) for k in sorted(names)]
     return None if names is None else [str(n) for n in names]
+
+
+def class_count(model: nn.Module) -> int | None:
+    """How many classes an Ultralytics model predicts."""
+    head = head_of(model)
+    number = getattr(head, 'nc', None)
+    return number if isinstance(number, int) else getattr(getattr(head, 'linear', None), 'out_features', None)
+
+
+def has_masks(head: nn.Module) -> bool:
+    """Whether a head predicts masks as coefficients of prototypes."""
+    return hasattr(head, 'proto') and hasattr(head, 'nm')
 
 
 def head_path(model: nn.Module) -> str:
@@ -197,26 +274,29 @@ def crop_levels(raw: Any, sizes: Sequence[tuple[int, int]], strides: Sequence[fl
         return torch.cat(levels, 2)
 
     feats = [f[..., :h, :w] for f, (h, w) in zip(raw['feats'], target, strict=True)]
-    return {**raw, 'boxes': cut(raw['boxes']), 'scores': cut(raw['scores']), 'feats': feats}
+    flat = {k: cut(raw[k]) for k in ('boxes', 'scores', 'mask_coefficient') if k in raw}
+    return {**raw, **flat, 'feats': feats}
 
 
 def _run(model: nn.Module, inputs: Tensor, samples: Any, modules: Sequence[str]) -> None:
     model(inputs)
 
 
-def _prepare(model: nn.Module, stride: int, inputs: Tensor, samples: Any) -> Tensor:
+def _run_dense(stride: int, model: nn.Module, inputs: Tensor, samples: Any, modules: Sequence[str]) -> None:
     # A pyramid that is deeper than the student's needs sides that its largest stride divides.
     h, w = inputs.shape[-2:]
     right, below = -w % stride, -h % stride
-    return pad(inputs, (0, right, 0, below), value=GREY) if right or below else inputs
+    # `_raw_forward` takes the cells that padding added off again.
+    head_of(model).kd_padded = ((h, w), (h + below, w + right)) if right or below else None
+    model(pad(inputs, (0, right, 0, below), value=GREY) if right or below else inputs)
 
 
 def _largest_stride(model: nn.Module) -> int:
     return int(max(float(s) for s in head_of(model).stride))
 
 
-def _run_raw(head: nn.Module, branches: tuple[str, ...], feats: bool) -> None:
-    """Let this private copy of a head return its raw predictions, without decoding, top-k, prototypes or keypoints."""
+def _run_raw(head: nn.Module, branches: tuple[str, ...], feats: bool, masks: bool = False) -> None:
+    """Let this private copy of a head return its raw predictions, without decoding, top-k or keypoints."""
     if not hasattr(head, 'forward_head') or not hasattr(head, 'one2many'):
         raise DistillError(
             f'{type(head).__name__} has no forward_head; this version of Ultralytics is not understood: install '
@@ -226,7 +306,8 @@ def _run_raw(head: nn.Module, branches: tuple[str, ...], feats: bool) -> None:
     wanted = [b for b in branches if b in have] or have[:1]
     # `fuse` of the head would throw one of its branches away; the rest of the model is fused.
     head.fuse = _keep
-    head.forward = functools.partial(_raw_forward, head, tuple(wanted), feats)
+    head.kd_padded = None
+    head.forward = functools.partial(_raw_forward, head, tuple(wanted), feats, masks)
 
 
 def _has_branch(head: nn.Module, branch: str) -> bool:
@@ -238,13 +319,36 @@ def _keep() -> None:
     """Instead of the head's ``fuse``."""
 
 
-def _raw_forward(head: nn.Module, branches: tuple[str, ...], feats: bool, x: list[Tensor]) -> dict[str, Any]:
+def _raw_forward(
+    head: nn.Module, branches: tuple[str, ...], feats: bool, masks: bool, x: list[Tensor]
+) -> dict[str, Any]:
+    wanted = ('box_head', 'cls_head', *(['mask_head'] if masks else []))
+    extra = {'proto': _prototypes(head, x)} if masks else {}
     result = {}
     for branch in branches:
-        # Mask, keypoint and angle layers are not distilled; without them `forward_head` skips their part.
-        parts = {k: v if k in ('box_head', 'cls_head') else None for k, v in getattr(head, branch).items()}
+        # Mask, keypoint and angle layers that are not distilled: without them `forward_head` skips their part.
+        parts = {k: v if k in wanted else None for k, v in getattr(head, branch).items()}
         raw = head.forward_head(x, **parts)
         # Without channels they still tell the size of the levels, and cost nothing to record.
         kept = x if feats else [f[:, :0] for f in x]
-        result[branch] = {'boxes': raw['boxes'], 'scores': raw['scores'], 'feats': kept}
+        found = {'boxes': raw['boxes'], 'scores': raw['scores'], 'feats': kept, **extra}
+        if masks:
+            found['mask_coefficient'] = raw['mask_coefficient']
+        result[branch] = _without_padding(head, found) if head.kd_padded else found
+    return result
+
+
+def _prototypes(head: nn.Module, x: list[Tensor]) -> Tensor:
+    # YOLO26 fuses all levels into its prototypes, the others take the finest one.
+    found = head.proto(x if hasattr(head.proto, 'feat_refine') else x[0])
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _without_padding(head: nn.Module, raw: dict[str, Any]) -> dict[str, Any]:
+    (h, w), (padded, _) = head.kd_padded
+    sizes, strides = [tuple(f.shape[-2:]) for f in raw['feats']], [float(s) for s in head.stride]
+    result = crop_levels(raw, sizes, strides, {s: (math.ceil(h / s), math.ceil(w / s)) for s in strides})
+    if 'proto' in raw:
+        stride = padded / raw['proto'].shape[-2]
+        result = {**result, 'proto': raw['proto'][..., : math.ceil(h / stride), : math.ceil(w / stride)]}
     return result

@@ -21,6 +21,7 @@ from kd_plugins.losses import (
     HardLabelLoss,
     KLDivLoss,
     LocalizationDistillLoss,
+    MaskKLDivLoss,
     YOLOLogitLoss,
 )
 from kd_plugins.predictions.dense import DensePredictions
@@ -34,6 +35,10 @@ def logits(values):
 
 def features(values):
     return values[0].transpose(1, 2).unflatten(-1, (2, 4))
+
+
+def masks(values):
+    return values[4]
 
 
 def predictions(values, activation='sigmoid', obj=True, box_coding='xywh', dist=True):
@@ -105,6 +110,8 @@ CASES = {
     'l1-uniform': (BoxL1Loss(foreground=False), no_raw_box),
     'iou': (BoxIoULoss(), positive_sizes),
     'iou-uniform': (BoxIoULoss(foreground=False), positive_sizes),
+    'mask': (MaskKLDivLoss(), masks),
+    'mask-T2': (MaskKLDivLoss(temperature=2.0), masks),
     'dkd': (WithLabels(DKDLoss()), logits),
     'dkd-target': (WithLabels(DKDLoss(alpha=2.0, beta=0.0, temperature=1.0)), logits),
     'hard': (HardLabelLoss(), logits),
@@ -233,7 +240,7 @@ def test_no_images_give_zero(loss, build):
 
 @every_loss
 def test_module_is_stateless_and_copies(loss, build):
-    assert loss.consumes in ('features', 'logits', 'predictions')
+    assert loss.consumes in ('features', 'logits', 'predictions', 'masks')
     assert not loss.state_dict() and not list(loss.parameters())
     expected = loss(build(raw(2, 0)), build(raw(2, 1)))
     for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -245,7 +252,7 @@ def test_hyper_parameters_are_shown():
     assert repr(KLDivLoss(3.0)) == 'KLDivLoss(temperature=3.0, standardize=False)'
 
 
-@pytest.mark.parametrize('name', ['kl', 'kl-standardize', 'binary', 'ld'])
+@pytest.mark.parametrize('name', ['kl', 'kl-standardize', 'binary', 'ld', 'mask'])
 def test_temperature_is_read_at_every_call(name):
     loss, build = CASES[name]
     loss = copy.deepcopy(loss)
@@ -258,7 +265,7 @@ NUMBERS = (-1.0, math.nan, math.inf, '1', None, True, [1.0])
 BAD = [
     *[
         (cls, 'temperature', v)
-        for cls in (KLDivLoss, BinaryKLDivLoss, DKDLoss, LocalizationDistillLoss)
+        for cls in (KLDivLoss, BinaryKLDivLoss, DKDLoss, LocalizationDistillLoss, MaskKLDivLoss)
         for v in (0, *NUMBERS)
     ],
     *[(YOLOLogitLoss, name, v) for name in ('obj_weight', 'box_weight', 'cls_weight', 'scale') for v in NUMBERS],

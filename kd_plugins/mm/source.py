@@ -1,0 +1,51 @@
+"""A detector of the MM family as the teacher of another framework's student."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import kd_plugins.mm.heads  # noqa: F401  (registers the head readers)
+from kd_plugins.distiller import PixelFormat, Teacher, find_module
+from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.mm.configs import load_config, resolve_config
+from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher
+from kd_plugins.predictions import find_reader
+
+HEAD = 'bbox_head'
+
+
+def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that config and checkpoint are there; files get absolute paths.
+
+    Raises:
+        DistillError: They are not, or a key is misspelt.
+    """
+    check_keys(cfg, TEACHER_KEYS, 'teacher')
+    if not cfg.get('checkpoint'):
+        raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
+    found = dict(cfg)
+    if isinstance(cfg['config'], (str, os.PathLike)):
+        path = resolve_config(os.fspath(cfg['config']))
+        found['config'] = cfg['config'] if '::' in str(cfg['config']) else os.path.abspath(path)
+    else:
+        load_config(cfg['config'])
+    checkpoint = os.fspath(cfg['checkpoint'])
+    if not checkpoint.startswith(('http://', 'https://')):
+        checkpoint = os.path.abspath(os.path.expanduser(checkpoint))
+        if not os.path.isfile(checkpoint):
+            raise DistillError(f'teacher.checkpoint {os.fspath(cfg["checkpoint"])!r} does not exist.')
+    found['checkpoint'] = checkpoint
+    return found
+
+
+def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
+    """Load a detector whose head can be read.
+
+    Raises:
+        DistillError: It cannot be loaded, or is not a one-stage detector with a readable head.
+    """
+    teacher, notes = build_teacher(cfg, student)
+    find_reader(find_module(teacher.model, HEAD, 'teacher'))
+    return teacher, notes

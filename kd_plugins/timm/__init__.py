@@ -1,0 +1,1 @@
+"""Classifiers of timm as teachers. Importing this imports no timm."""
