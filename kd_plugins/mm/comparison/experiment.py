@@ -221,6 +221,8 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
     teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
     plain, *distilled = (arm(name, [(name, seed) for seed in seeds]) for name in names)
     display.say('\n' + text(teacher, plain, distilled))
+    if comparison.jobs > 1:
+        display.say(f's/iter of the students: {comparison.jobs} trainings at once, data loading included.')
     seconds = time.monotonic() - began
     results = dict(
         seeds=list(seeds),
@@ -351,12 +353,17 @@ def _data_hashes(config: Config) -> dict[str, str]:
 def _facts(comparison: Comparison) -> dict[str, str]:
     """What a reader needs to judge or repeat the figures."""
     return {
-        'teacher': comparison.teacher
+        'teacher': _short(comparison.teacher)
         + (f', weights {comparison.teacher_checkpoint}' if comparison.teacher_checkpoint else ', trained here'),
-        'student': comparison.student,
-        'recipes': ', '.join(comparison.recipes),
+        'student': _short(comparison.student),
+        'recipes': ', '.join(map(_short, comparison.recipes)),
         'seeds': ', '.join(map(str, comparison.seeds)),
         'trainings at once': f'{comparison.jobs} (on {comparison.cores} cores)',
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
         'torch': torch.__version__,
     }
+
+
+def _short(path: str) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path) if os.path.isabs(path) else path
