@@ -1,6 +1,7 @@
 """Settings of every test: one thread, no hidden pip call, the lanes' markers."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 # Some frameworks pip-install what they miss. Here that has to fail, in child processes too.
 os.environ['PIP_NO_INDEX'] = '1'
 os.environ['YOLO_AUTOINSTALL'] = 'false'
+# Ultralytics writes its settings and fonts into the home folder otherwise, as soon as it is imported.
+os.environ.setdefault('YOLO_CONFIG_DIR', tempfile.mkdtemp(prefix='yolo_config_'))
+os.environ.setdefault('YOLO_OFFLINE', 'true')
 
 INTEGRATION = Path(__file__).parent / 'integration'
 
