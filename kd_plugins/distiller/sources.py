@@ -56,7 +56,7 @@ def find_source(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DistillError: It is misspelt, files are missing, or its framework is not installed.
     """
-    return _module(cfg).find(cfg)
+    return _call('find', cfg)
 
 
 def build_source(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
@@ -72,29 +72,24 @@ def build_source(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher,
     Raises:
         DistillError: It cannot be loaded.
     """
-    return _module(cfg).build(cfg, student)
+    return _call('build', cfg, student)
 
 
-def _module(cfg: Mapping[str, Any]) -> Any:
+def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
     kind = teacher_kind(cfg)
     if kind is None:
         examples = ', '.join(example for _, example in _SOURCES.values())
         raise DistillError(f'teacher must be one of {examples}; got the keys {sorted(map(str, cfg)) or "none"}.')
-    name = _SOURCES[kind][0]
     try:
-        return importlib.import_module(name)
+        return getattr(importlib.import_module(_SOURCES[kind][0]), function)(cfg, *rest)
     except ImportError as error:
         package = (error.name or '').split('.')[0]
-        if package in ('', 'kd_plugins'):
+        if package not in _EXTRAS:
             raise
         raise DistillError(
-            f'teacher=dict({kind}=...) needs {package!r}, which is not installed: {_INSTALL.get(package, package)}'
+            f'teacher=dict({kind}=...) needs {package!r}, which is not installed: pip install '
+            f"'kd-plugins[{_EXTRAS[package]}]'."
         ) from error
 
 
-_INSTALL = {
-    'mmengine': "pip install 'kd-plugins[mm]' (or mmengine, mmcv and mmdet).",
-    'mmdet': "pip install 'kd-plugins[mm]' (or mmengine, mmcv and mmdet).",
-    'ultralytics': "pip install 'kd-plugins[yolo]'.",
-    'timm': "pip install 'kd-plugins[timm]'.",
-}
+_EXTRAS = {'mmengine': 'mm', 'mmcv': 'mm', 'mmdet': 'mm', 'ultralytics': 'yolo', 'timm': 'timm'}
