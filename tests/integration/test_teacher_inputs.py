@@ -7,6 +7,7 @@ import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
 from kd_plugins.mm.inputs import TeacherInputs
@@ -69,6 +70,8 @@ def test_batch_augmentations_of_the_student_are_kept(augmentation):
         ),
         'BatchFixedSizePad': dict(type='BatchFixedSizePad', size=(128, 160), img_pad_value=0, pad_mask=False),
     }[augmentation]
+    # The random resize asks the running Runner for its iteration.
+    MessageHub.get_current_instance().update_info('iter', 0)
     results = []
     for name in ('RTMDet', 'ImageNet RGB'):
         module = preprocessor(name, batch_augments=[copy.deepcopy(augments)])
