@@ -7,6 +7,9 @@ repeat times every variant, in random order, and what is compared are the varian
 from __future__ import annotations
 
 import gc
+import math
+import os
+import platform
 import random
 import statistics
 import time
@@ -186,3 +189,58 @@ def memory(device: torch.device, peak: bool = False) -> int | None:
         return None
     key = 'VmHWM:' if peak else 'VmRSS:'
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def count_operators(step: Callable[[], object]) -> Operators:
+    """The operators that one call dispatches."""
+    with Operators() as count:
+        step()
+    return count
+
+
+def random_boxes(number: int, size: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Boxes as natural images have them: small ones prevail.
+
+    Args:
+        number: How many.
+        size: ``(2,)`` width and height of the image.
+        draw: Generator.
+
+    Returns:
+        ``(number, 4)`` x1, y1, x2, y2; sides are log-uniform from 3 % to 80 % of the image's.
+    """
+    sides = size * 0.03 * (0.8 / 0.03) ** torch.rand(number, 2, generator=draw)
+    corner = torch.rand(number, 2, generator=draw) * (size - sides)
+    return torch.cat([corner, corner + sides], 1)
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration with three digits."""
+    digits = max(0, 2 - math.floor(math.log10(seconds * 1e3))) if seconds > 0 else 0
+    return f'{seconds * 1e3:.{min(digits, 3)}f} ms'
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.machine())
+
+
+def machine(**versions: str) -> dict[str, object]:
+    """What figures were taken on.
+
+    Args:
+        **versions: Of the frameworks, by name.
+    """
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        **versions,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    )

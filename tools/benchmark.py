@@ -6,7 +6,7 @@ from importlib import import_module
 
 from kd_plugins.errors import DistillError
 
-ZOOS = {'mm': 'kd_plugins.mm.benchmark'}
+ZOOS = {'mm': 'kd_plugins.mm.benchmark', 'yolo': 'kd_plugins.yolo.benchmark'}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False)

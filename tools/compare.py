@@ -1,34 +1,61 @@
 """Does distillation help your student? Teacher, plain student and distilled student(s) over the same seeds."""
 
 import argparse
+import sys
+from importlib import import_module
 
-from kd_plugins.mm.cli import run
-from kd_plugins.mm.comparison import Comparison, compare
+from kd_plugins.errors import DistillError
+
+ZOOS = {'mm': 'kd_plugins.mm.comparison', 'yolo': 'kd_plugins.yolo.comparison'}
+#: Options whose names are the framework's: mmdet's configs, Ultralytics' models and data.
+OWN = {
+    'mm': (
+        ('--teacher-checkpoint', dict(metavar='PTH', help='weights of the teacher; left out: it is trained')),
+        ('--cfg-options', dict(nargs='+', default=[], metavar='KEY=VALUE', help="the student's overrides")),
+        ('--teacher-cfg-options', dict(nargs='+', default=[], metavar='KEY=VALUE', help="the teacher's")),
+    ),
+    'yolo': (
+        ('--data', dict(required=True, metavar='YAML', help='data set')),
+        ('--options', dict(nargs='+', default=[], metavar='KEY=VALUE', help="the students' options of yolo train")),
+        ('--teacher-options', dict(nargs='+', default=[], metavar='KEY=VALUE', help="the teacher's")),
+    ),
+}
+HELP = {
+    'mm': dict(
+        teacher='config of the teacher', student='config of the plain student', kd='one distilled student for each'
+    ),
+    'yolo': dict(
+        teacher='.pt; or .yaml, which is trained first',
+        student='.yaml or .pt',
+        kd="'native' (distill_model=), 'default', a name in configs/yolo or a kd.yaml: one distilled student for each",
+    ),
+}
+RENAMED = {
+    'kd': 'recipes',
+    'options': 'student_options',
+    'cfg_options': 'student_options',
+    'teacher_cfg_options': 'teacher_options',
+}
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--teacher', required=True, metavar='CFG', help='config of the teacher')
-    parser.add_argument('--teacher-checkpoint', metavar='PTH', help='weights of the teacher; left out: it is trained')
-    parser.add_argument('--student', required=True, metavar='CFG', help='config of the plain student')
-    parser.add_argument('--kd', nargs='+', required=True, metavar='RECIPE', help='one distilled student for each')
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument('--zoo', choices=ZOOS, default='mm')
+    zoo = first.parse_known_args()[0].zoo
+    parser = argparse.ArgumentParser(description=__doc__, epilog='Other options: --zoo mm --help, --zoo yolo --help')
+    parser.add_argument('--zoo', choices=ZOOS, default='mm', help='framework (default: mm)')
+    parser.add_argument('--teacher', required=True, help=HELP[zoo]['teacher'])
+    parser.add_argument('--student', required=True, help=HELP[zoo]['student'])
+    parser.add_argument('--kd', nargs='+', required=True, metavar='RECIPE', help=HELP[zoo]['kd'])
+    for option, settings in OWN[zoo]:
+        parser.add_argument(option, **settings)
     parser.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds 0 to N-1 (default: 1)')
     parser.add_argument('--work-dir', default='work_dirs/compare', help='where runs and report go')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="the student's overrides")
-    parser.add_argument('--teacher-cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="the teacher's")
     parser.add_argument('--jobs', type=int, help='trainings at once; default: 2 on CPU, 1 on a GPU')
-    args = parser.parse_args()
-    run(
-        lambda: compare(
-            Comparison(
-                teacher=args.teacher,
-                student=args.student,
-                recipes=args.kd,
-                work_dir=args.work_dir,
-                seeds=range(args.seeds),
-                teacher_checkpoint=args.teacher_checkpoint,
-                student_options=args.cfg_options,
-                teacher_options=args.teacher_cfg_options,
-                jobs=args.jobs,
-            )
-        )
-    )
+    args = vars(parser.parse_args())
+    del args['zoo']
+    args['seeds'] = range(args['seeds'])
+    try:
+        comparison = import_module(ZOOS[zoo])
+        comparison.compare(comparison.Comparison(**{RENAMED.get(k, k): v for k, v in args.items()}))
+    except DistillError as error:
+        sys.exit(f'error: {error}')

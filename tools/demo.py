@@ -1,18 +1,37 @@
-"""Does distillation help? A teacher and twice the same student on real handwritten digits, in some minutes of CPU."""
+"""Does distillation help? Teachers, and twice the same students, on real handwritten digits, in some minutes of CPU."""
 
 import argparse
+import sys
+import time
+from importlib import import_module
 
-from kd_plugins.mm.cli import run
-from kd_plugins.mm.comparison import demo
+from kd_plugins.comparison.phases import clock
+from kd_plugins.errors import DistillError
+
+ZOOS = {'mm': 'MMDetection: YOLOX', 'yolo': 'Ultralytics: YOLO11'}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--work-dir', default='work_dirs/demo', help='where runs and report go; finished runs are kept')
-    parser.add_argument('--data', default='data/digits', help='where the scenes are written, or reused')
-    parser.add_argument('--seeds', type=int, default=1, metavar='N', help='pairs of students, with seeds 0 to N-1')
+    parser.add_argument('--zoo', nargs='+', choices=ZOOS, default=list(ZOOS), help='which halves of the demo')
     parser.add_argument(
-        '--kd', nargs='+', default=['yolo_logit'], metavar='RECIPE', help='one distilled student for each'
+        '--work-dir', default='work_dirs/demo', help='where runs and reports go; finished runs are kept'
     )
+    parser.add_argument('--data', default='data/digits', help='where the scenes are written, or reused')
+    parser.add_argument('--seeds', type=int, default=1, metavar='N', help='students of every kind, with seeds 0 to N-1')
+    parser.add_argument('--kd', nargs='+', metavar='RECIPE', help='distilled students; only with a single --zoo')
     parser.add_argument('--jobs', type=int, help='trainings at once; default: 2 on CPU, 1 on a GPU')
     args = parser.parse_args()
-    run(lambda: demo(args.work_dir, data=args.data, seeds=range(args.seeds), recipes=args.kd, jobs=args.jobs))
+    if args.kd and len(args.zoo) > 1:
+        parser.error(f'--kd needs --zoo {" or --zoo ".join(ZOOS)}: recipes of one are not those of the other')
+    began = time.monotonic()
+    for zoo in args.zoo:
+        print(f'\n{ZOOS[zoo]}', flush=True)
+        recipes = dict(recipes=args.kd) if args.kd else {}
+        folder = args.work_dir if zoo == 'mm' else f'{args.work_dir}/{zoo}'
+        try:
+            demo = import_module(f'kd_plugins.{zoo}.comparison').demo
+            demo(folder, data=args.data, seeds=range(args.seeds), jobs=args.jobs, **recipes)
+        except DistillError as error:
+            sys.exit(f'error: {error}')
+    if len(args.zoo) > 1:
+        print(f'took {clock(time.monotonic() - began)} in all')

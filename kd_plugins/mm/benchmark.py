@@ -12,10 +12,8 @@ import copy
 import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mmdet
+import mmengine
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -36,7 +36,17 @@ from torch.utils.data import DataLoader
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.measure import Operators, Ratio, Spread, interleave, memory, reset_peak
+from kd_plugins.measure import (
+    Ratio,
+    Spread,
+    count_operators,
+    interleave,
+    machine,
+    memory,
+    milliseconds,
+    random_boxes,
+    reset_peak,
+)
 from kd_plugins.mm.cli import _use_amp, add_distillation
 from kd_plugins.mm.configs import load_config, without_pretrained
 from kd_plugins.mm.forward import run_modules
@@ -114,9 +124,7 @@ class _Scenes(torch.utils.data.Dataset):
         size = torch.tensor([width, height])
         self._items = []
         for _ in range(setup.batch_size):
-            # Log-uniform sides from 3 % to 80 % of the image's.
-            sides = size * 0.03 * (0.8 / 0.03) ** torch.rand(7, 2, generator=draw)
-            corner = torch.rand(7, 2, generator=draw) * (size - sides)
+            boxes = random_boxes(7, size, draw)
             sample = DetDataSample(
                 metainfo=dict(
                     img_id=0,
@@ -126,9 +134,7 @@ class _Scenes(torch.utils.data.Dataset):
                     flip=False,
                 )
             )
-            sample.gt_instances = InstanceData(
-                bboxes=torch.cat([corner, corner + sides], 1), labels=torch.randint(number, (7,), generator=draw)
-            )
+            sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.randint(number, (7,), generator=draw))
             image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=draw)
             self._items.append(dict(inputs=image, data_samples=sample))
 
@@ -315,7 +321,7 @@ def measure(setup: Setup, with_memory: bool = True) -> dict[str, Any]:
         steps = {name: pair.step(name) for name in VARIANTS}
         synchronize = torch.cuda.synchronize if setup.device == 'cuda' else None
         seconds = interleave(steps, setup.repeats, warmup=setup.warmup, steps=setup.steps, synchronize=synchronize)
-        counts = {name: _count_operators(step) for name, step in steps.items()}
+        counts = {name: count_operators(step) for name, step in steps.items()}
         bound = [s + t for s, t in zip(seconds['student'], seconds['teacher'], strict=True)]
         ratio = Ratio.of(seconds['distilled'], bound)
         result = dict(
@@ -356,12 +362,6 @@ def check(setup: Setup) -> None:
         raise DistillError('--device cuda: torch sees no CUDA device here; use --device cpu.')
     if setup.amp and setup.device == 'cpu':
         raise DistillError("--amp needs --device cuda: MMEngine's AmpOptimWrapper does not work on the CPU.")
-
-
-def _count_operators(step: Callable[[], Any]) -> Operators:
-    with Operators() as count:
-        step()
-    return count
 
 
 def peak_memory(setup: Setup, variant: str, work_dir: str, steps: int = 3) -> int | None:
@@ -417,8 +417,8 @@ def table(result: dict[str, Any]) -> str:
         ('distilled step', seconds['distilled'], 'distilled'),
     )
     for label, spread, name in rows:
-        quartiles = f'{_time(spread["low"])} - {_time(spread["high"])}'
-        line = f'{label:32}{_time(spread["median"]):>10}{quartiles:>22}'
+        quartiles = f'{milliseconds(spread["low"])} - {milliseconds(spread["high"])}'
+        line = f'{label:32}{milliseconds(spread["median"]):>10}{quartiles:>22}'
         if name is None:
             operators, waits = ([result[k][n] for n in ('student', 'teacher')] for k in ('operators', 'waiting'))
             line += f'{"":>14}{sum(operators):>11}{sum(waits):>12}'
@@ -435,36 +435,6 @@ def table(result: dict[str, Any]) -> str:
         '(teacher built, loaded and tried, adapters, summary)',
     ]
     return '\n'.join(lines)
-
-
-def _time(seconds: float) -> str:
-    digits = max(0, 2 - math.floor(math.log10(seconds * 1e3))) if seconds > 0 else 0
-    return f'{seconds * 1e3:.{min(digits, 3)}f} ms'
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    import mmdet
-    import mmengine
-
-    return dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        mmengine=mmengine.__version__,
-        mmdet=mmdet.__version__,
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        cpu=_cpu(),
-        cores=os.cpu_count(),
-        load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
-    )
-
-
-def _cpu() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -515,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     )
     sizes = {k: defaults[k] if v is None else v for k, v in given.items()}
     sizes['image_size'] = tuple(sizes['image_size'])
-    info = machine()
+    info = machine(mmengine=mmengine.__version__, mmdet=mmdet.__version__)
     print(', '.join(f'{k} {v}' for k, v in info.items() if v is not None), flush=True)
     results = []
     for student, teacher, kd in _pairs(args):

@@ -19,6 +19,8 @@ from kd_plugins.mm.teacher import build_untrained
 
 DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop')
 
+#: Pixels of the start-up dry run: their mean, and the range of the noise that keeps the maps from being constant.
+GREY, NOISE = 114.0, 20.0
 #: Side of the square image of the start-up dry run, in pixels: every pyramid up to stride 128 has a cell.
 DRY_RUN_SIZE = 256
 
@@ -69,7 +71,7 @@ def build_distiller(
 
 
 def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
-    """Run student and teacher once on an image of noise and check every term; nothing changes.
+    """Run student and teacher once on a grey image with some noise and check every term; nothing changes.
 
     Args:
         distiller: The engine.
@@ -80,7 +82,10 @@ def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
     """
     first = next(distiller.student.parameters())
     with untouched_rng():
-        pixels = torch.rand(1, 3, DRY_RUN_SIZE, DRY_RUN_SIZE, device=first.device) * 255
+        # Not white noise: detectors that were trained on pictures answer it with logits in the hundreds, and boxes
+        # decoded from those are infinite. Flat grey is what they are padded with.
+        noise = torch.rand(1, 3, DRY_RUN_SIZE, DRY_RUN_SIZE, device=first.device) - 0.5
+        pixels = GREY + NOISE * noise
         image = normalize(pixels, getattr(distiller.student, 'data_preprocessor', None)).to(first.dtype)
         return distiller.dry_run(image, None, run_modules, check_values=check_values)
 

@@ -7,7 +7,9 @@ scores (B, nc, A), feats, ...}``; end-to-end heads (YOLOv10, YOLO26) nest two of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,7 +88,7 @@ def _read(head: nn.Module, outputs: Any, rotated: bool) -> DensePredictions:
     raw = select_branch(outputs)
     boxes, scores = _full(raw['boxes']), _full(raw['scores'])
     sizes = [tuple(f.shape[-2:]) for f in raw['feats']]
-    strides = [float(s) for s in head.stride]
+    strides = list(strides_of(head))
     bins = head.reg_max
     if boxes.shape[1] != 4 * bins or scores.shape[1] != head.nc or len(strides) != len(sizes):
         raise DistillError(
@@ -111,7 +113,7 @@ def _read(head: nn.Module, outputs: Any, rotated: bool) -> DensePredictions:
         activation='sigmoid',
         level_sizes=tuple(sizes),
         strides=tuple(strides),
-        points=grid_points(sizes, strides, boxes),
+        points=grid_points(tuple(sizes), tuple(strides), boxes.device, boxes.dtype),
         ltrb=None if rotated else ltrb,
         dist=dist,
         box=ltrb if rotated else None,
@@ -127,15 +129,35 @@ def expected_distance(dist: Tensor) -> Tensor:
     return (dist.softmax(-1) * bins).sum(-1)
 
 
-def grid_points(sizes: Sequence[tuple[int, int]], strides: Sequence[float], like: Tensor) -> Tensor:
-    """``(A, 2)`` centres of the cells ``(x, y)`` in pixels, level by level, row by row."""
+@functools.lru_cache(maxsize=32)
+def grid_points(
+    sizes: tuple[tuple[int, int], ...], strides: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """``(A, 2)`` centres of the cells ``(x, y)`` in pixels, level by level, row by row.
+
+    The same tensor for the same arguments: student and teacher have the same points when they are the same object,
+    which the host can see without waiting for the GPU.
+    """
     levels = []
-    for (h, w), stride in zip(sizes, strides, strict=True):
-        x = (torch.arange(w, device=like.device, dtype=like.dtype) + 0.5) * stride
-        y = (torch.arange(h, device=like.device, dtype=like.dtype) + 0.5) * stride
-        grid = torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], -1)
-        levels.append(grid.reshape(-1, 2))
-    return torch.cat(levels)
+    # A tensor made while something is predicted could not be used in a training step.
+    with torch.inference_mode(False):
+        for (h, w), stride in zip(sizes, strides, strict=True):
+            x = (torch.arange(w, device=device, dtype=dtype) + 0.5) * stride
+            y = (torch.arange(h, device=device, dtype=dtype) + 0.5) * stride
+            grid = torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], -1)
+            levels.append(grid.reshape(-1, 2))
+        return torch.cat(levels)
+
+
+_strides: weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[float, ...]]] = weakref.WeakKeyDictionary()
+
+
+def strides_of(head: nn.Module) -> tuple[float, ...]:
+    """The strides of a head's levels. They are a tensor on its device, for which the host waits only once."""
+    known = _strides.get(head)
+    if known is None or known[0] is not head.stride:
+        known = _strides[head] = head.stride, tuple(float(s) for s in head.stride)
+    return known[1]
 
 
 def head_of(model: nn.Module) -> nn.Module:

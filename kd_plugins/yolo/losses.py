@@ -17,7 +17,7 @@ from kd_plugins.distiller.taps import Call
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import MaskKLDivLoss
 from kd_plugins.predictions import DensePredictions, align, find_reader, read
-from kd_plugins.yolo.heads import family_of, head_of, is_rotated, raw_predictions, select_branch
+from kd_plugins.yolo.heads import family_of, head_of, is_rotated, raw_predictions, select_branch, strides_of
 from kd_plugins.yolo.masks import MaskPair, pair_masks, prototypes
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.teacher import follow, has_masks, head_path
@@ -125,7 +125,7 @@ class YOLODistiller:
         """
         live = [t for t in self.terms if t.weight(self.progress) > 0]
         # Autocast is left as it is for the teacher (it follows the student's precision), and off for the losses.
-        taught = self._run_teacher(image)
+        taught = self.run_teacher(image)
         result: dict[str, Tensor] = {}
         with torch.autocast(image.device.type, enabled=False):
             if self.family == 'classify':
@@ -141,7 +141,8 @@ class YOLODistiller:
                     result[term.name] = result[term.name] + value if term.name in result else value
         return result
 
-    def _run_teacher(self, image: Tensor) -> Call:
+    def run_teacher(self, image: Tensor) -> Call:
+        """What the teacher's head returns for a batch ``(B, C, H, W)`` of the student."""
         image = follow(self.teacher, image, self.student)
         return self.teacher(image, None, [self.teacher_tap]).call(self.teacher_tap)
 
@@ -185,7 +186,7 @@ class YOLODistiller:
         return align(student, teacher, self.classes)
 
     def _masks(self, ours: Any, theirs: Any, teacher: DensePredictions) -> MaskPair:
-        strides = [[float(s) for s in head.stride] for head in (head_of(self.student), self.teacher_head)]
+        strides = [strides_of(head) for head in (head_of(self.student), self.teacher_head)]
         return pair_masks(ours, theirs, *strides, teacher, self.options.mask_topk)
 
     def _features(self, term: Term, ours: Any, theirs: Any) -> Tensor:
@@ -202,8 +203,8 @@ class YOLODistiller:
         return torch.stack(values).mean()
 
     def _feature_levels(self, ours: Any, theirs: Any) -> list[tuple[float, Tensor, Tensor]]:
-        mine = dict(zip((float(s) for s in head_of(self.student).stride), ours['feats'], strict=True))
-        other = dict(zip((float(s) for s in self.teacher_head.stride), theirs['feats'], strict=True))
+        mine = dict(zip(strides_of(head_of(self.student)), ours['feats'], strict=True))
+        other = dict(zip(strides_of(self.teacher_head), theirs['feats'], strict=True))
         common = sorted(set(mine) & set(other))
         if not common:
             raise DistillError(f'Student and teacher have no level in common: strides {list(mine)} and {list(other)}.')
@@ -255,7 +256,7 @@ class YOLODistiller:
                 with Capture(student, [path], 'student') as capture:
                     student(image)
                 preds = capture.call(path).output
-            taught = self._run_teacher(image)
+            taught = self.run_teacher(image)
         if self.family == 'classify':
             return self._check_classify(self._logits(preds), self._logits(taught.output))
         return self._check_dense(preds, taught)

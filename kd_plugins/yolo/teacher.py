@@ -24,7 +24,7 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, family_of, head_of
+from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, family_of, head_of, strides_of
 
 GREY = ULTRALYTICS.pad
 
@@ -292,7 +292,7 @@ def _run_dense(stride: int, model: nn.Module, inputs: Tensor, samples: Any, modu
 
 
 def _largest_stride(model: nn.Module) -> int:
-    return int(max(float(s) for s in head_of(model).stride))
+    return int(max(strides_of(head_of(model))))
 
 
 def _run_raw(head: nn.Module, branches: tuple[str, ...], feats: bool, masks: bool = False) -> None:
@@ -346,7 +346,7 @@ def _prototypes(head: nn.Module, x: list[Tensor]) -> Tensor:
 
 def _without_padding(head: nn.Module, raw: dict[str, Any]) -> dict[str, Any]:
     (h, w), (padded, _) = head.kd_padded
-    sizes, strides = [tuple(f.shape[-2:]) for f in raw['feats']], [float(s) for s in head.stride]
+    sizes, strides = [tuple(f.shape[-2:]) for f in raw['feats']], list(strides_of(head))
     result = crop_levels(raw, sizes, strides, {s: (math.ceil(h / s), math.ceil(w / s)) for s in strides})
     if 'proto' in raw:
         stride = padded / raw['proto'].shape[-2]

@@ -14,9 +14,11 @@ import torch
 
 from kd_plugins.errors import DistillError
 from kd_plugins.yolo import DistillCallback
-from tests.integration.yolo_lab import new_model, results, save_teacher, train, weights_hash, write_data
+from tests.integration.yolo_lab import build, new_model, results, save_teacher, train, weights_hash, write_data
 
 pytest.importorskip('ultralytics')
+
+from ultralytics import YOLO
 
 KD = ('train/kdcls_loss', 'train/kdbox_loss')
 REPO = Path(__file__).parents[2]
@@ -144,8 +146,8 @@ def test_schedule_of_a_weight(distilled, data, tmp_path):
 def test_saved_models_are_plain(distilled, data, tmp_path):
     """Also in the middle of a run: no name of ours, no teacher, a plain one's size, loads without us and safely."""
     sizes = {}
-    for name, build in (('plain', lambda: new_model('yolo11n.yaml')), ('kd', lambda: distilled()[0])):
-        model = build()
+    for name, make in (('plain', lambda: new_model('yolo11n.yaml')), ('kd', lambda: distilled()[0])):
+        model = make()
         model.add_callback('on_model_save', lambda t: shutil.copy(t.last, t.save_dir / f'mid{t.epoch}.pt'))
         run = train(model, data, tmp_path, name, epochs=2)
         sizes[name] = [(run / f).stat().st_size for f in ('mid0.pt', 'mid1.pt', 'weights/last.pt', 'weights/best.pt')]
@@ -173,6 +175,60 @@ def test_trained_student_predicts_without_us(distilled, data, tmp_path):
     image = torch.rand(1, 3, 64, 64)
     ours = model.model.eval()(image)[0]
     torch.testing.assert_close(YOLO(run / 'weights/best.pt').model.eval()(image)[0], ours)
+
+
+def test_export_to_onnx(distilled, data, tmp_path):
+    """As the same student does that was trained elsewhere: the same graph, and what the weights say."""
+    onnx, runtime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    model, _ = distilled()
+    train(model, data, tmp_path, 'kd')
+    train(new_model('yolo11n.yaml'), data, tmp_path, 'plain')
+    graphs = {}
+    for name in ('kd', 'plain'):
+        # Simplifying needs another package, which Ultralytics would install by itself.
+        graphs[name] = YOLO(tmp_path / name / 'weights/last.pt').export(format='onnx', imgsz=64, simplify=False)
+    nodes = {name: [n.op_type for n in onnx.load(file).graph.node] for name, file in graphs.items()}
+    assert nodes['kd'] == nodes['plain'] and len(nodes['kd']) > 100
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    session = runtime.InferenceSession(graphs['kd'], providers=['CPUExecutionProvider'])
+    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    # The weights alone, in a model that was never near a callback.
+    other = build('yolo11n.yaml')
+    other.load_state_dict(YOLO(tmp_path / 'kd/weights/last.pt').model.float().state_dict())
+    with torch.no_grad():
+        expected = other.eval()(image)[0]
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)
+
+
+#: Compiling YOLO11n takes minutes.
+FEW_LAYERS = """
+nc: 3
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [32, 3, 2]]
+  - [-1, 1, Conv, [32, 3, 2]]
+head:
+  - [[2, 3, 4], 1, Detect, [nc]]
+"""
+
+
+def test_compiled(distilled, data, tmp_path):
+    """The student runs as compiled code and is distilled; the file holds plain names."""
+    (tmp_path / 'few.yaml').write_text(FEW_LAYERS)
+    cfg = str(tmp_path / 'few.yaml')
+    model, callback = distilled(cfg)
+    spy = Spy(model, callback)
+    kinds = []
+    model.add_callback('on_train_start', lambda t: kinds.append(type(t.model).__name__))
+    run = train(model, data, tmp_path, compile=True)
+    assert kinds == ['OptimizedModule'], 'it was compiled'
+    found = results(run)
+    assert all(v > 0 for k in KD for v in found[k]) and spy.prints[0] == spy.prints[1]
+    plain = train(new_model(cfg), data, tmp_path, 'plain')
+    keys = [list(YOLO(r / 'weights/last.pt').model.state_dict()) for r in (run, plain)]
+    assert keys[0] == keys[1]
 
 
 def test_exception_restores_and_a_second_train_works(distilled, data, tmp_path):
@@ -234,7 +290,7 @@ def test_out_of_memory_in_the_teacher_halves_the_batch(distilled, data, tmp_path
 def test_resume_after_sigkill_continues(teacher, data, tmp_path):
     code = f"""
         import os, signal, sys
-        from tests.integration.yolo_lab import new_model, train
+        from tests.integration.yolo_lab import build, new_model, train
         from kd_plugins.yolo import DistillCallback
         from ultralytics import YOLO
         resume = len(sys.argv) > 1
@@ -336,7 +392,7 @@ def test_merely_installed_changes_nothing(data, tmp_path):
         import sys
         if len(sys.argv) > 1:
             import kd_plugins.yolo
-        from tests.integration.yolo_lab import new_model, train, weights_hash
+        from tests.integration.yolo_lab import build, new_model, train, weights_hash
         run = train(new_model('yolo11n.yaml'), {data!r}, {str(tmp_path)!r}, sys.argv[-1].replace('-c', 'plain'))
         print('HASH', weights_hash(run / 'weights/last.pt'))
         assert len(sys.argv) > 1 or not any(m.startswith('kd_plugins') for m in sys.modules)

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,24 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
+from kd_plugins.comparison.history import History
+from kd_plugins.comparison.phases import Display, Phase, clock, run_phases
+from kd_plugins.comparison.report import write_report
+from kd_plugins.comparison.table import Arm, Result, text
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.cli import find_recipe
-from kd_plugins.mm.comparison.logs import find_metric, read_history, read_test_metrics
-from kd_plugins.mm.comparison.phases import Display, Phase, clock, run_phases
-from kd_plugins.mm.comparison.report import write_report
-from kd_plugins.mm.comparison.table import Arm, Result, render, rows, seed_rows, verdict
+from kd_plugins.mm.comparison.detections import read_detections
+from kd_plugins.mm.comparison.logs import RunnerProgress, find_metric, read_history, read_test_metrics
 from kd_plugins.mm.configs import load_config, without_pretrained
 
 TOOLS = Path(__file__).parents[3] / 'tools'
 MAP, MAP50 = 'bbox_mAP', 'bbox_mAP_50'
 TEACHER, PLAIN = 'teacher', 'plain'
 TEACHER_SEED = 0
+NOTE = (
+    'mAP, AP50 and gain in points (100 × COCO AP), measured by tools/test.py on the last checkpoint. s/iter: median '
+    'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
+)
 
 
 @dataclass
@@ -134,6 +140,8 @@ class Comparison:
             folder=folder,
             command=command,
             settings=dict(config=config.pretty_text, seed=seed, data=_data_hashes(config)),
+            progress=RunnerProgress(),
+            resume=['--resume'],
             max_epochs=None if 'max_iters' in config.train_cfg else config.train_cfg.get('max_epochs'),
             threads=max(1, self.cores // jobs),
         )
@@ -151,6 +159,7 @@ class Comparison:
             folder=folder,
             command=[*command, *_options(options)],
             settings=dict(config=config.pretty_text, weights=self._hash(checkpoint), data=_data_hashes(config)),
+            progress=RunnerProgress(),
             mode='test',
             threads=max(1, self.cores // self.jobs),
         )
@@ -233,6 +242,10 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
         seconds=seconds,
     )
     (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
+    shown = [(TEACHER, TEACHER_SEED), *((n, seeds[0]) for n in names)]
+    files = {
+        a.name: tests[key].folder / 'detections.pkl' for a, key in zip((teacher, plain, *distilled), shown, strict=True)
+    }
     report = write_report(
         work_dir,
         title=comparison.title,
@@ -240,30 +253,13 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
         plain=plain,
         distilled=distilled,
         histories={a.name: [histories[n, s] for s in seeds] for a, n in zip((plain, *distilled), names, strict=True)},
-        detections={
-            a.name: tests[key].folder / 'detections.pkl'
-            for a, key in zip(
-                (teacher, plain, *distilled),
-                [(TEACHER, TEACHER_SEED), *((n, seeds[0]) for n in names)],
-                strict=True,
-            )
-        },
-        dataset=_dataset(comparison.student_config.test_dataloader),
-        scenes=comparison.scenes,
+        metric=_metric_key(histories.values()),
+        detections=read_detections(files, _dataset(comparison.student_config.test_dataloader), comparison.scenes),
+        note=NOTE,
         facts=_facts(comparison),
     )
     display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
     return results
-
-
-def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> str:
-    """The table as it is printed, with what its figures mean."""
-    parts = [render(rows(teacher, plain, distilled))]
-    if len(plain.results) > 1:
-        header, table = seed_rows(plain, distilled)
-        parts.append('mAP per seed (gain over plain with the same seed)\n' + render(table, header))
-    parts.append('\n'.join(verdict(plain, arm) for arm in distilled))
-    return '\n\n'.join(parts)
 
 
 def read_config(spec: str, options: Sequence[str], where: str) -> Config:
@@ -299,6 +295,12 @@ def count_parameters(config: Config) -> int:
     init_default_scope(config.get('default_scope', 'mmengine'))
     model = MODELS.build(without_pretrained(config.model))
     return sum(p.numel() for p in model.parameters())
+
+
+def _metric_key(histories: Iterable[History]) -> str:
+    """The key under which the box mAP was logged."""
+    keys = (k for h in histories for line in h.val.values() for k in line if k.endswith(MAP))
+    return next(keys, f'coco/{MAP}')
 
 
 def _reports_boxes(config: Config) -> bool:

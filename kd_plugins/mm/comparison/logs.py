@@ -4,58 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from kd_plugins.comparison.history import History
+from kd_plugins.comparison.phases import Progress
 
 _EPOCH = re.compile(r'Epoch\((train|val|test)\)\s*(?:\[\s*(\d+)\])?\[\s*(\d+)/(\d+)\]')
 _ITER = re.compile(r'Iter\((train|val|test)\)\s*\[\s*(\d+)/(\d+)\]')
 _LOSS = re.compile(r'\bloss: ([-\d.eE+]+|nan|inf)')
 _MAP = re.compile(r'bbox_mAP: ([-\d.]+)')
-
-
-@dataclass
-class History:
-    """What a training run logged.
-
-    Attributes:
-        train: Logged iterations by global iteration: ``loss``, ``time`` in seconds, ``epoch``, ...
-        val: Metrics by epoch (iteration in an iteration loop).
-    """
-
-    train: dict[int, dict[str, float]] = field(default_factory=dict)
-    val: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """``(epochs, values)`` of a training scalar; fractions of epochs where the log has several lines each."""
-        lines = [(step, line) for step, line in sorted(self.train.items()) if key in line]
-        length = self._epoch_length()
-        return [step / length for step, _ in lines], [line[key] for _, line in lines]
-
-    def metric_curve(self, key: str) -> tuple[list[float], list[float]]:
-        """``(epochs, values)`` of a validation metric."""
-        lines = [(step, line) for step, line in sorted(self.val.items()) if key in line]
-        # A loop over iterations validates at iterations; both curves are drawn over the same axis.
-        return [float(step) for step, _ in lines], [line[key] for _, line in lines]
-
-    def seconds_per_iteration(self) -> float:
-        """Median of the logged ``time``, data loading included; NaN when nothing was logged."""
-        times = [line['time'] for _, line in sorted(self.train.items()) if 'time' in line]
-        # The first line contains the start of the loader's processes.
-        return statistics.median(times[1:] or times) if times else float('nan')
-
-    def _epoch_length(self) -> float:
-        # Iteration loops have no epochs, or one that never ends.
-        ends: dict[float, int] = {}
-        for step, line in self.train.items():
-            if 'epoch' in line:
-                ends[line['epoch']] = max(step, ends.get(line['epoch'], 0))
-        if len(ends) < 2:
-            return 1.0
-        (first, a), *_, (last, b) = sorted(ends.items())
-        return (b - a) / (last - first)
 
 
 def read_history(work_dir: Path) -> History:
@@ -93,21 +52,8 @@ def read_test_metrics(work_dir: Path) -> dict[str, float]:
     return {}
 
 
-@dataclass
-class Progress:
-    """Where a run is, from its text log.
-
-    Attributes:
-        done: Fraction done in [0, 1].
-        epoch: Current epoch, or None.
-        loss: Last logged loss, or None.
-        metric: Last logged box mAP, or None.
-    """
-
-    done: float = 0.0
-    epoch: int | None = None
-    loss: float | None = None
-    metric: float | None = None
+class RunnerProgress(Progress):
+    """Where a Runner is, from its text log."""
 
     def update(self, line: str, mode: str, max_epochs: int | None) -> bool:
         """Read one line of the log.
@@ -138,11 +84,6 @@ class Progress:
         self.loss = float(loss[1]) if loss else self.loss
         self.metric = float(metric[1]) if metric else self.metric
         return True
-
-
-def tail(path: Path, lines: int = 25) -> str:
-    """The end of a log."""
-    return '\n'.join(path.read_text(errors='replace').splitlines()[-lines:]) if path.is_file() else ''
 
 
 def find_metric(metrics: Mapping[str, Any], suffix: str) -> float:

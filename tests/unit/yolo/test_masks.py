@@ -43,7 +43,7 @@ def teacher_predictions(batch=2):
         activation='sigmoid',
         level_sizes=SIZES,
         strides=STRIDES,
-        points=grid_points(SIZES, STRIDES, cls),
+        points=grid_points(tuple(SIZES), tuple(STRIDES), cls.device, cls.dtype),
         ltrb=random(batch, ANCHORS, 4, seed=6).abs() + 0.3,
     )
 

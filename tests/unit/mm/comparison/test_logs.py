@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kd_plugins.mm.comparison.logs import History, Progress, find_metric, read_history, read_test_metrics, tail
+from kd_plugins.mm.comparison.logs import RunnerProgress, find_metric, read_history, read_test_metrics
 
 TRAIN = (
     '11/21 10:37:25 - mmengine - INFO - Epoch(train)  [4][60/63]  base_lr: 1.9e-03 lr: 1.9e-03  eta: 0:12:51  '
@@ -20,7 +20,7 @@ def write(path, *lines):
 
 
 def test_progress_of_a_training():
-    progress = Progress()
+    progress = RunnerProgress()
     assert progress.update(TRAIN, 'train', 24)
     assert progress.done == pytest.approx((3 + 60 / 63) / 24)
     assert (progress.epoch, progress.loss) == (4, 7.1503)
@@ -31,10 +31,10 @@ def test_progress_of_a_training():
 
 
 def test_progress_of_other_loops():
-    progress = Progress()
+    progress = RunnerProgress()
     progress.update('Iter(train) [ 500/2000]  loss: nan', 'train', None)
     assert progress.done == 0.25 and math.isnan(progress.loss)
-    progress = Progress()
+    progress = RunnerProgress()
     progress.update('Epoch(test) [ 5/20]  eta: 0:00:01', 'test', None)
     assert progress.done == 0.25
 
@@ -57,11 +57,6 @@ def test_a_resumed_run_overwrites_what_it_repeats(tmp_path):
     assert history.seconds_per_iteration() == pytest.approx(0.3), 'median without the first line'
 
 
-def test_nothing_logged():
-    assert math.isnan(History().seconds_per_iteration())
-    assert History().curve('loss') == ([], [])
-
-
 def test_metrics_of_the_last_evaluation(tmp_path):
     assert read_test_metrics(tmp_path) == {}
     write(tmp_path / '20260101_000000' / '20260101_000000.json', {'coco/bbox_mAP': 0.1})
@@ -70,9 +65,3 @@ def test_metrics_of_the_last_evaluation(tmp_path):
     assert find_metric(metrics, 'bbox_mAP') == 0.2
     assert find_metric(metrics, 'bbox_mAP_50') == 0.4
     assert math.isnan(find_metric(metrics, 'mIoU'))
-
-
-def test_tail(tmp_path):
-    write(tmp_path / 'a.log', *map(str, range(100)))
-    assert tail(tmp_path / 'a.log', 2) == '98\n99'
-    assert tail(tmp_path / 'b.log') == ''

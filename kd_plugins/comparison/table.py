@@ -16,7 +16,7 @@ class Result:
         seed: Its seed.
         map: COCO box mAP in [0, 1].
         map50: The same at IoU 0.5.
-        seconds: Median seconds per training iteration; NaN when it was not trained here.
+        seconds: Median seconds of training per step (see `header`); NaN when it was not trained here.
         size: Bytes of its last checkpoint.
     """
 
@@ -62,7 +62,13 @@ def _count(number: int) -> str:
     return f'{number / 1e6:.2f} M' if number >= 100_000 else f'{number / 1e3:.1f} k'
 
 
-HEADER = ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint')
+def header(step: str = 'iter') -> tuple[str, ...]:
+    """Names of the columns.
+
+    Args:
+        step: What `Result.seconds` is for: ``'iter'`` or ``'epoch'``.
+    """
+    return ('model', 'parameters', 'mAP', 'AP50', 'gain', f's/{step}', 'checkpoint')
 
 
 def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, ...]]:
@@ -84,10 +90,10 @@ def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, 
     return table
 
 
-def render(table: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+def render(table: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     """Cells as aligned text: the first column to the left, the others to the right."""
-    lines = [header, *table]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines = [columns, *table]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     rule = '-' * (sum(widths) + 2 * (len(widths) - 1))
 
     def one(line: Sequence[str]) -> str:
@@ -96,17 +102,17 @@ def render(table: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> st
         )
         return '  '.join([first, *others]).rstrip()
 
-    return '\n'.join([one(header), rule, *(one(line) for line in table)])
+    return '\n'.join([one(columns), rule, *(one(line) for line in table)])
 
 
 def seed_rows(plain: Arm, distilled: Sequence[Arm]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells of the table per seed: mAP of every arm in points, and its gain."""
-    header = ('seed', plain.name, *(arm.name for arm in distilled))
+    columns = ('seed', plain.name, *(arm.name for arm in distilled))
     table = []
     for i, result in enumerate(plain.results):
         cells = [f'{100 * arm.results[i].map:.1f} ({100 * arm.gains(plain)[i]:+.1f})' for arm in distilled]
         table.append((str(result.seed), f'{100 * result.map:.1f}', *cells))
-    return header, table
+    return columns, table
 
 
 def verdict(plain: Arm, arm: Arm) -> str:
@@ -120,3 +126,13 @@ def verdict(plain: Arm, arm: Arm) -> str:
         f'{arm.name}: {mean:+.1f} ± {spread:.1f} mAP over {len(gains)} seeds, better than plain in {better} of '
         f'{len(gains)}.'
     )
+
+
+def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], step: str = 'iter') -> str:
+    """The tables as they are printed, with what their figures mean."""
+    parts = [render(rows(teacher, plain, distilled), header(step))]
+    if len(plain.results) > 1:
+        columns, table = seed_rows(plain, distilled)
+        parts.append('mAP per seed (gain over plain with the same seed)\n' + render(table, columns))
+    parts.append('\n'.join(verdict(plain, arm) for arm in distilled))
+    return '\n\n'.join(parts)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
 
-from kd_plugins.mm.comparison.logs import History
+from kd_plugins.comparison.history import History
 
 COLORS = ('#1f6fb4', '#d9541e', '#2f9e44', '#8e44ad', '#b8860b', '#16a0a0')  # plain first, then the distilled ones
 TEACHER = '#6b7280'
@@ -105,35 +103,23 @@ class Objects:
     scores: np.ndarray | None = None
 
 
-def read_predictions(path: Path) -> dict[int, tuple[str, Objects]]:
-    """``image id -> (file, detections)`` of what ``tools/test.py --out`` wrote."""
-    with path.open('rb') as file:  # a file of our own
-        samples = pickle.load(file)
-    result = {}
-    for sample in samples:
-        found = sample['pred_instances']
-        boxes = np.asarray(found['bboxes'], np.float64).reshape(-1, 4)
-        detections = Objects(boxes, np.asarray(found['labels']), np.asarray(found['scores'], np.float64))
-        result[sample['img_id']] = (sample['img_path'], detections)
-    return result
+@dataclass
+class Detections:
+    """What several models found in the same images.
 
+    Attributes:
+        images: Ids of the images, in the order of the rows.
+        files: The image files by id.
+        truth: Ground truth by id.
+        found: Detections by model and id.
+        classes: Class names.
+    """
 
-def read_ground_truth(annotations: Path, classes: Sequence[str]) -> dict[int, Objects]:
-    """``image id -> objects`` of a COCO file; crowd regions are left out."""
-    coco = json.loads(annotations.read_text())
-    names = {c['id']: c['name'] for c in coco['categories']}
-    index = {name: i for i, name in enumerate(classes)}
-    boxes: dict[int, list] = {image['id']: [] for image in coco['images']}
-    for a in coco['annotations']:
-        if not a.get('iscrowd') and names[a['category_id']] in index:
-            x, y, w, h = a['bbox']
-            boxes[a['image_id']].append((x, y, x + w, y + h, index[names[a['category_id']]]))
-    return {
-        image: Objects(
-            np.asarray([b[:4] for b in items], np.float64).reshape(-1, 4), np.asarray([b[4] for b in items], int)
-        )
-        for image, items in boxes.items()
-    }
+    images: Sequence[Any]
+    files: Mapping[Any, str]
+    truth: Mapping[Any, Objects]
+    found: Mapping[str, Mapping[Any, Objects]]
+    classes: Sequence[str]
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -164,25 +150,16 @@ def judge(found: Objects, truth: Objects) -> tuple[np.ndarray, np.ndarray]:
     return right, free
 
 
-def draw_detections(
-    path: Path,
-    truth: Mapping[int, Objects],
-    columns: Mapping[str, Mapping[int, tuple[str, Objects]]],
-    images: Sequence[int],
-    classes: Sequence[str],
-) -> None:
+def draw_detections(path: Path, detections: Detections) -> None:
     """Some images, one row each: ground truth, then every model's detections.
 
     Args:
         path: PNG to write.
-        truth: Ground truth by image id.
-        columns: Detections by model name, see `read_predictions`.
-        images: Ids of the images.
-        classes: Class names.
+        detections: What to draw.
     """
-    names = ['ground truth', *columns]
-    files = {i: next(iter(columns.values()))[i][0] for i in images}
-    pictures = {i: np.asarray(Image.open(files[i]).convert('RGB')) for i in images}
+    truth, images, classes = detections.truth, detections.images, detections.classes
+    names = ['ground truth', *detections.found]
+    pictures = {i: np.asarray(Image.open(detections.files[i]).convert('RGB')) for i in images}
     ratio = max(p.shape[0] / p.shape[1] for p in pictures.values())
     side = 2.35 if len(names) <= 4 else 2.0
     figure = Figure(figsize=(side * len(names), side * ratio * len(images) + 0.75))
@@ -198,7 +175,7 @@ def draw_detections(
             if name == 'ground truth':
                 _draw_boxes(axes, truth[image], ['white'] * len(truth[image].labels), classes)
                 continue
-            found = columns[name][image][1]
+            found = detections.found[name][image]
             keep = found.scores >= SCORE
             found = Objects(found.boxes[keep], found.labels[keep], found.scores[keep])
             right, missed = judge(found, truth[image])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kd_plugins.mm.comparison.table import Arm, Result, mean_and_spread, render, rows, seed_rows, verdict
+from kd_plugins.comparison.table import Arm, Result, mean_and_spread, render, rows, seed_rows, verdict
 
 
 def arm(name, *maps, seconds=0.1):

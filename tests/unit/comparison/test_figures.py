@@ -1,21 +1,19 @@
 """What the pictures call right, wrong and missed is what COCO does at IoU 0.5."""
 
-import json
-
 import numpy as np
 from PIL import Image
 
-from kd_plugins.mm.comparison.figures import (
+from kd_plugins.comparison.figures import (
+    Detections,
     Objects,
     choose_images,
     draw_curves,
     draw_detections,
     iou,
     judge,
-    read_ground_truth,
     task_loss,
 )
-from kd_plugins.mm.comparison.logs import History
+from kd_plugins.comparison.history import History
 
 
 def objects(*boxes, labels, scores=None):
@@ -50,22 +48,6 @@ def test_judge_of_nothing():
     assert right.tolist() == [False] and missed.size == 0
 
 
-def test_ground_truth_maps_classes_by_name(tmp_path):
-    coco = dict(
-        categories=[dict(id=7, name='b'), dict(id=9, name='a'), dict(id=1, name='not used')],
-        images=[dict(id=1), dict(id=2)],
-        annotations=[
-            dict(image_id=1, category_id=7, bbox=[1, 2, 3, 4], iscrowd=0),
-            dict(image_id=1, category_id=9, bbox=[0, 0, 1, 1], iscrowd=1),
-            dict(image_id=1, category_id=1, bbox=[0, 0, 1, 1]),
-        ],
-    )
-    (tmp_path / 'a.json').write_text(json.dumps(coco))
-    truth = read_ground_truth(tmp_path / 'a.json', ('a', 'b'))
-    assert truth[1].boxes.tolist() == [[1, 2, 4, 6]] and truth[1].labels.tolist() == [1]
-    assert truth[2].boxes.shape == (0, 4)
-
-
 def test_images_are_spread_and_do_not_depend_on_detections():
     truth = {i: objects([0, 0, 1, 1], labels=[0]) for i in range(100)}
     assert choose_images(truth, 5) == [10, 30, 50, 70, 90]
@@ -85,9 +67,12 @@ def test_pictures_are_written_and_small(tmp_path):
     draw_curves(tmp_path / 'c.png', {'plain': [history], 'distilled': [history]}, 0.4, 'coco/bbox_mAP')
     noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / 'scene.png')
-    found = {1: (str(tmp_path / 'scene.png'), objects([5, 5, 50, 50], labels=[0], scores=[0.9]))}
+    found = {1: objects([5, 5, 50, 50], labels=[0], scores=[0.9])}
     truth = {1: objects([5, 5, 52, 50], [60, 0, 90, 20], labels=[0, 1])}
-    draw_detections(tmp_path / 'd.png', truth, {'teacher': found, 'plain': found}, [1], ('cat', 'dog'))
+    files = {1: str(tmp_path / 'scene.png')}
+    draw_detections(
+        tmp_path / 'd.png', Detections([1], files, truth, {'teacher': found, 'plain': found}, ('cat', 'dog'))
+    )
     for name in ('c.png', 'd.png'):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 500

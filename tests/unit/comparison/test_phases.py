@@ -10,21 +10,36 @@ import time
 
 import pytest
 
+from kd_plugins.comparison.phases import MARKER, Display, Phase, Progress, clock, run_phases, tail
 from kd_plugins.errors import DistillError
-from kd_plugins.mm.comparison.phases import MARKER, Display, Phase, clock, run_phases
 
-# Writes down how it was called; lines look like MMEngine's.
+# Writes down how it was called.
 SCRIPT = """
 import pathlib, sys
 with open(pathlib.Path(sys.argv[1]) / 'calls', 'a') as f:
     print('resumed' if '--resume' in sys.argv else 'fresh', file=f)
-print('Epoch(train) [1][5/10]  loss: 2.5')
-print('Epoch(val) [1][1/1]  coco/bbox_mAP: 0.1230')
+print('done 0.5 loss 2.5 metric 0.123')
 """
 
 
+class Words(Progress):
+    def update(self, line, mode, max_epochs):
+        words = line.split()
+        for name, value in zip(words[::2], words[1::2], strict=False):
+            setattr(self, name, float(value))
+        return True
+
+
 def phase(folder, script=SCRIPT, **settings):
-    return Phase('train it', folder, [sys.executable, '-c', script, str(folder)], settings or {'a': 1}, max_epochs=1)
+    return Phase(
+        'train it',
+        folder,
+        [sys.executable, '-c', script, str(folder)],
+        settings or {'a': 1},
+        Words(),
+        resume=['--resume'],
+        max_epochs=1,
+    )
 
 
 def run(*phases, jobs=1):
@@ -104,3 +119,9 @@ def test_whoever_ends_it_ends_the_training(tmp_path, number):
 
 def test_clock():
     assert [clock(s) for s in (0, 61, 3661)] == ['0:00', '1:01', '1:01:01']
+
+
+def test_tail(tmp_path):
+    (tmp_path / 'a.log').write_text('\n'.join(map(str, range(100))))
+    assert tail(tmp_path / 'a.log', 2) == '98\n99'
+    assert tail(tmp_path / 'b.log') == ''

@@ -12,15 +12,44 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_plugins.errors import DistillError
-from kd_plugins.mm.comparison.logs import Progress, tail
 
 MARKER = 'phase.json'  # beside what the phase writes: its settings, and when it is done what it took
 _LINE_EVERY = 20.0  # seconds between lines where the output is not a terminal
+
+
+@dataclass
+class Progress:
+    """Where a run is, as far as its output tells.
+
+    Attributes:
+        done: Fraction done in [0, 1].
+        epoch: Current epoch, or None.
+        loss: Last logged loss, or None.
+        metric: Last logged box mAP, or None.
+    """
+
+    done: float = 0.0
+    epoch: int | None = None
+    loss: float | None = None
+    metric: float | None = None
+
+    def update(self, line: str, mode: str, max_epochs: int | None) -> bool:
+        """Read one line of the output.
+
+        Args:
+            line: The line.
+            mode: ``'train'`` or ``'test'``: what the fraction is of.
+            max_epochs: Length of the run in epochs; None for a loop over iterations.
+
+        Returns:
+            Whether it said something new.
+        """
+        raise NotImplementedError
 
 
 @dataclass
@@ -31,6 +60,8 @@ class Phase:
         title: What a reader calls it.
         folder: Where it writes everything.
         command: The command, without what resumes it.
+        progress: Reads where it is from what it prints.
+        resume: What to add to the command after an interruption; None begins again.
         settings: All that its outcome depends on; another value means another run.
         mode: ``'train'`` or ``'test'``.
         max_epochs: Length in epochs; None for a loop over iterations.
@@ -41,10 +72,11 @@ class Phase:
     folder: Path
     command: Sequence[str]
     settings: Mapping[str, Any]
+    progress: Progress
+    resume: Sequence[str] | None = None
     mode: str = 'train'
     max_epochs: int | None = None
     threads: int = 1
-    progress: Progress = field(default_factory=Progress)
 
     @property
     def fingerprint(self) -> str:
@@ -148,7 +180,7 @@ class _Running:
             'OMP_WAIT_POLICY': 'PASSIVE',
             'PYTHONUNBUFFERED': '1',
         }
-        command = [*phase.command, *(['--resume'] if resume else [])]
+        command = [*phase.command, *(phase.resume or () if resume else ())]
         # A group of its own: loaders are ended with it, and Ctrl-C reaches it through us alone.
         self.process = subprocess.Popen(
             command, stdout=self._output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -268,3 +300,8 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{rest:02d}' if hours else f'{minutes:d}:{rest:02d}'
+
+
+def tail(path: Path, lines: int = 25) -> str:
+    """The end of a log."""
+    return '\n'.join(path.read_text(errors='replace').splitlines()[-lines:]) if path.is_file() else ''

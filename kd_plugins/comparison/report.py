@@ -5,20 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from mmengine.registry import DATASETS
-
-from kd_plugins.mm.comparison.figures import (
-    SCORE,
-    choose_images,
-    draw_curves,
-    draw_detections,
-    read_ground_truth,
-    read_predictions,
-)
-from kd_plugins.mm.comparison.logs import History
-from kd_plugins.mm.comparison.table import HEADER, Arm, rows, seed_rows, verdict
+from kd_plugins.comparison.figures import SCORE, Detections, draw_curves, draw_detections
+from kd_plugins.comparison.history import History
+from kd_plugins.comparison.table import Arm, header, rows, seed_rows, verdict
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -40,12 +30,13 @@ def write_report(
     plain: Arm,
     distilled: Sequence[Arm],
     histories: Mapping[str, Sequence[History]],
-    detections: Mapping[str, Path],
-    dataset: Mapping[str, Any],
-    scenes: int,
+    metric: str,
+    detections: Detections | None,
+    note: str,
     facts: Mapping[str, str],
+    step: str = 'iter',
 ) -> Path:
-    """Write ``report.html``, ``curves.png`` and, for COCO files, ``detections.png``.
+    """Write ``report.html``, ``curves.png`` and ``detections.png``.
 
     Args:
         folder: Where to.
@@ -54,32 +45,20 @@ def write_report(
         plain: Row of the plain student.
         distilled: Rows of the distilled students.
         histories: Training logs by row, one per seed.
-        detections: Files of detections by row, of the first seed.
-        dataset: The test set's config, for ground truth and class names.
-        scenes: Images in the picture.
+        metric: Key of the mAP in their validation lines.
+        detections: What the models of the first seed found in some images; None: no such picture.
+        note: How the columns of the table were measured.
         facts: What was run, for the end of the page.
+        step: What the seconds in the table are for, see `kd_plugins.comparison.table.header`.
 
     Returns:
         The page.
     """
-    metric = next(
-        (
-            k
-            for runs in histories.values()
-            for h in runs
-            for line in h.val.values()
-            for k in line
-            if k.endswith('bbox_mAP')
-        ),
-        'coco/bbox_mAP',
-    )
     draw_curves(folder / 'curves.png', histories, teacher.results[0].map, metric)
     parts = [
         f'<h1>{html.escape(title)}</h1>',
-        _table(HEADER, rows(teacher, plain, distilled)),
-        '<p class="note">mAP, AP50 and gain in points (100 × COCO AP), measured by <code>tools/test.py</code> on the '
-        'last checkpoint. s/iter: median seconds per training iteration, data loading included. '
-        'Checkpoints include the optimizer and EMA states.</p>',
+        _table(header(step), rows(teacher, plain, distilled)),
+        f'<p class="note">{html.escape(note)}</p>',
         *(f'<p>{html.escape(verdict(plain, arm))}</p>' for arm in distilled),
     ]
     if len(plain.results) > 1:
@@ -90,14 +69,14 @@ def write_report(
             '± is the standard deviation over the seeds.</p>',
         ]
     parts += ['<h2>Training</h2>', '<img src="curves.png" alt="loss and mAP over the epochs">']
-    chosen = _picture(folder / 'detections.png', detections, dataset, scenes)
-    if chosen:
+    if detections is not None:
+        draw_detections(folder / 'detections.png', detections)
         parts += [
             '<h2>Detections</h2>',
-            '<img src="detections.png" alt="ground truth, teacher, plain and distilled student side by side">',
+            '<img src="detections.png" alt="ground truth and every model\'s detections side by side">',
             f'<p class="note">Seed {plain.results[0].seed}, detections with a score of at least {SCORE:g} (numbers: '
-            f'class, score in %). Images at even distances through the validation set, picked before any '
-            f'detection was seen: ids {", ".join(map(str, chosen))}.</p>',
+            'class, score in %). Images at even distances through the validation set, picked before any '
+            f'detection was seen: {html.escape(", ".join(map(str, detections.images)))}.</p>',
         ]
     items = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts.items())
     parts += ['<h2>What was run</h2>', f'<dl>{items}</dl>']
@@ -113,19 +92,3 @@ def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     head = ''.join(f'<th>{html.escape(c)}</th>' for c in header)
     body = '\n'.join('<tr>' + ''.join(f'<td>{html.escape(c)}</td>' for c in line) + '</tr>' for line in cells)
     return f'<table>\n<tr>{head}</tr>\n{body}\n</table>'
-
-
-def _picture(path: Path, files: Mapping[str, Path], dataset: Mapping[str, Any], scenes: int) -> list[int]:
-    """Draw the detections; returns the ids of the images, none where the ground truth is no COCO file."""
-    annotations = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
-    if annotations.suffix != '.json' or not annotations.is_file():
-        return []
-    names = (dataset.get('metainfo') or {}).get('classes') or DATASETS.get(dataset['type']).METAINFO['classes']
-    classes = (names,) if isinstance(names, str) else tuple(names)
-    truth = read_ground_truth(annotations, classes)
-    columns = {name: read_predictions(file) for name, file in files.items()}
-    known = set.intersection(*(set(c) for c in columns.values()))
-    images = choose_images({k: v for k, v in truth.items() if k in known}, scenes)
-    if images:
-        draw_detections(path, truth, columns, images, classes)
-    return images
