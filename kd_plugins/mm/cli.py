@@ -72,7 +72,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
     kd = parser.add_argument_group('distillation', 'turn a plain config into a distilled one without editing it')
     kd.add_argument('--kd', metavar='RECIPE', help='name in configs/kd, or a file that defines terms = dict(...)')
-    kd.add_argument('--teacher', metavar='CONFIG', help='config of the teacher')
+    kd.add_argument('--teacher', metavar='CONFIG', help='config of the teacher, or the .pt of an Ultralytics model')
     kd.add_argument('--teacher-checkpoint', metavar='PTH', help='weights of the teacher')
     args = parser.parse_args(argv)
     config = _read_config(args)
@@ -88,11 +88,17 @@ def train(argv: Sequence[str] | None = None) -> None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
+    if str(args.teacher).endswith('.pt'):
+        del given['--teacher-checkpoint']
+        if args.teacher_checkpoint:
+            raise DistillError(
+                '--teacher-checkpoint belongs to the config of a teacher; the .pt of Ultralytics holds its weights.'
+            )
     missing = [option for option, value in given.items() if not value]
     if not missing:
         add_distillation(config, args.kd, args.teacher, args.teacher_checkpoint)
-    elif len(missing) < len(given):
-        raise DistillError(f'--kd, --teacher and --teacher-checkpoint go together; {" and ".join(missing)} is missing.')
+    elif any(given.values()):
+        raise DistillError(f'{", ".join(given)} go together; {" and ".join(missing)} is missing.')
     _check_types(config)
     _runner(config).train()
 
@@ -173,14 +179,14 @@ def find_recipe(name: str) -> str:
     raise DistillError(f'--kd {name!r} is neither a recipe nor a file; {nearest(name, known)}')
 
 
-def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str) -> None:
+def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str | None = None) -> None:
     """Turn a plain config into a distilled one, in the form its terms need.
 
     Args:
         config: Changed in place.
         recipe: Name or file of a recipe: a config that defines ``terms`` and optionally ``start`` and ``stop``.
-        teacher: The teacher's config.
-        checkpoint: The teacher's weights.
+        teacher: The teacher's config, or the ``.pt`` of an Ultralytics model.
+        checkpoint: The teacher's weights; a ``.pt`` has its own.
 
     Raises:
         DistillError: The recipe is wrong, or the config already distils.
@@ -192,7 +198,8 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str)
     path = find_recipe(recipe)
     options = {k: v for k, v in Config.fromfile(path).to_dict().items() if k != 'custom_imports'}
     check_keys(options, RECIPE_KEYS, f'recipe {path!r}')
-    distill = dict(teacher=dict(config=teacher, checkpoint=checkpoint), **options)
+    source = dict(ultralytics=teacher) if teacher.endswith('.pt') else dict(config=teacher, checkpoint=checkpoint)
+    distill = dict(teacher=source, **options)
     check_options(distill)
     hook = dict(type='kd_plugins.DistillHook')
     if _needs_model_form(config, distill):

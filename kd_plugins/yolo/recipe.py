@@ -11,6 +11,8 @@ from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.yolo.options import DistillOptions
 
 FILE = 'kd.yaml'
+#: Options that are numbers (or schedules).
+NUMBERS = ('cls', 'box', 'mask', 'feature', 'temperature', 'box_temperature')
 
 
 def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise DistillError(f'recipe {str(path)!r} must be a mapping such as "teacher: yolo11x.pt".')
     check_keys([str(k) for k in values], DistillOptions.names(), f'recipe {str(path)!r}')
-    return dict(values)
+    return {k: _number(v) if k in NUMBERS else v for k, v in values.items()}
 
 
 def read_options(path: str | os.PathLike) -> DistillOptions:
@@ -94,6 +96,14 @@ def write_recipe(path: str | os.PathLike, options: DistillOptions) -> None:
         same = False
     if not same:
         YAML.save(path, options.to_dict())
+
+
+def _number(value: Any) -> Any:
+    """YAML takes ``1e-3`` for text: it wants a point and a sign, ``1.0e-3``."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _recorded_folder(checkpoint: Path) -> list[Path]:

@@ -560,6 +560,12 @@ COMMANDS = [
     ('{config} ' + KD.replace('teacher.py', 'teachr.py'), ('teachr.py', 'teacher.py')),
     ('{config} ' + KD.replace('teacher.pth', 'teachr.pth'), ('teachr.pth', "did you mean 'teacher.pth'")),
     ('{config} ' + KD.replace('yolo_logit', '{files}/no_model.py'), ("'optimizer'", 'recipe')),
+    (
+        '{config} --kd yolo_logit --teacher a.pt --teacher-checkpoint b.pth',
+        ('--teacher-checkpoint', '.pt of Ultralytics'),
+    ),
+    ('{config} --kd yolo_logit --teacher {files}/none.pt', ('none.pt', 'does not exist')),
+    ('{config} --teacher {files}/none.pt', ('--kd is missing',)),
     ('{config} --auto-scale-lr', ('auto_scale_lr', 'base_batch_size')),
     (
         '{config} --cfg-options default_hooks.distill.type=kd_plugin.DistillHook',

@@ -158,6 +158,19 @@ def test_yolo_teaches_the_model_form(tmp_path):
     assert any('kd_adapters' in name for name in watch.gradients)
 
 
+def test_the_tool_takes_a_pt(tmp_path):
+    """``tools/train.py --kd binary_kl --teacher x.pt``: the file is the whole teacher."""
+    from kd_plugins.mm.cli import add_distillation
+
+    folder = synthetic.write_coco(tmp_path / 'data', NAMES)
+    path = save_yolo(tmp_path / 'teacher.pt', 'yolo11n.yaml', NAMES)
+    config = synthetic.short_run(synthetic.yolox(3), tmp_path / 'run', synthetic.dataloader(folder, NAMES))
+    add_distillation(config, 'binary_kl', path)
+    config.default_hooks.checkpoint = None
+    watch, _ = synthetic.train(config)
+    assert all(losses['loss_kd_cls'] > 0 and losses['loss_kd_box'] > 0 for losses in watch.losses)
+
+
 # ------------------------------------------------------------------ timm teaches
 def test_timm_teaches_classify(data, timm_teacher, tmp_path, caplog):
     found = distil('yolo11n-cls.yaml', timm_teacher, data('classify'), tmp_path)

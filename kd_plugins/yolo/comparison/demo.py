@@ -13,7 +13,21 @@ from kd_plugins.yolo.comparison.experiment import DEFAULT, NATIVE, Comparison, c
 TEACHER = 'yolo11n.yaml'
 #: Width of the student's channels, as a fraction of YOLO11's; n has 0.25.
 WIDTH = 0.125
-OPTIONS = ('imgsz=128', 'batch=16', 'workers=1', 'plots=False', 'verbose=False')
+#: A short schedule from scratch: an optimizer step per batch (nbs), no mosaic of scenes that are already full, and no
+#: mirrored digits.
+OPTIONS = (
+    'imgsz=128',
+    'batch=16',
+    'nbs=16',
+    'optimizer=AdamW',
+    'lr0=0.003',
+    'warmup_epochs=1.0',
+    'mosaic=0.0',
+    'fliplr=0.0',
+    'workers=1',
+    'plots=False',
+    'verbose=False',
+)
 TEACHER_EPOCHS, EPOCHS = 10, 10
 
 

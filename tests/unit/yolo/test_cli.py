@@ -189,6 +189,15 @@ def test_wrong_recipes(tmp_path, name, text, message):
         read_options(tmp_path / name)
 
 
+def test_numbers_that_yaml_takes_for_text(tmp_path):
+    (tmp_path / 'kd.yaml').write_text('teacher: a.pt\ncls: 1e-3\nbox: 2e0\n')
+    options = read_options(tmp_path / 'kd.yaml')
+    assert (options.cls, options.box) == (0.001, 2.0)
+    (tmp_path / 'kd.yaml').write_text('teacher: a.pt\ncls: much\n')
+    with pytest.raises(DistillError, match="'much'"):
+        read_options(tmp_path / 'kd.yaml')
+
+
 def test_a_missing_recipe_names_near_ones(tmp_path):
     (tmp_path / 'logit.yaml').write_text('')
     with pytest.raises(DistillError, match=r"logits\.yaml' does not exist; .*did you mean 'logit\.yaml'"):
