@@ -134,6 +134,7 @@ def load_strictly(
     source: str,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    architecture: str = 'teacher.config',
 ) -> LoadReport:
     """Load a teacher's weights and refuse anything but a complete load.
 
@@ -143,6 +144,7 @@ def load_strictly(
         source: Where they come from, for the message.
         allow_missing: Keys or module paths whose absence is accepted.
         allow_unexpected: Keys or module paths whose presence is accepted.
+        architecture: The option that says what the model is, for the message.
 
     Returns:
         The accepted deviations.
@@ -172,14 +174,16 @@ def load_strictly(
                 shown = ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
                 parts.append(f'{len(keys)} of {count} keys {label} ({shown})')
         if not any(k in state and state[k].shape == own[k].shape for k in own):
-            advice = 'it belongs to another architecture: check teacher.config and teacher.checkpoint.'
+            advice = f'it belongs to another architecture: check {architecture} and teacher.checkpoint.'
         elif mismatched:
-            advice = 'check that teacher.config is the config it was trained with (width, number of classes).'
-        else:
+            advice = f'check that {architecture} is the one it was trained with (width, number of classes).'
+        elif architecture == 'teacher.config':
             advice = (
-                'check that teacher.config is the config it was trained with, or name modules that may differ in '
+                'check that teacher.config is the one it was trained with, or name modules that may differ in '
                 'teacher.allow_missing / teacher.allow_unexpected.'
             )
+        else:
+            advice = f'check that {architecture} is the one it was trained with.'
         raise DistillError(
             f'Teacher checkpoint {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}'
         )

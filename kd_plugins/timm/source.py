@@ -114,7 +114,7 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         if cfg.get('checkpoint'):
             source = cfg['checkpoint']
             weights, _ = find_weights(load_checkpoint(source), source)
-            load_strictly(model, weights, source)
+            load_strictly(model, weights, source, architecture='teacher.timm')
     data = resolve_data_config({}, model=model)
     mean, std = ([255 * float(v) for v in cfg.get(k) or data[k]] for k in ('mean', 'std'))
     height, width = (size, size) if size else data['input_size'][-2:]

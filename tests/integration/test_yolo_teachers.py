@@ -244,6 +244,11 @@ def test_refused_when_training_starts(
         distil(student, given, data(task), tmp_path, **options)
 
 
+def test_a_checkpoint_of_another_timm_model(timm_teacher):
+    with pytest.raises(DistillError, match=r'does not fit ResNet.*teacher\.timm'):
+        build_source(dict(timm_teacher, timm='resnet50'), ULTRALYTICS)
+
+
 def test_a_classifier_cannot_teach_mmdet(timm_teacher, tmp_path):
     from kd_plugins.mm.teacher import build_teacher
 
