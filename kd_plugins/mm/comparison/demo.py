@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_plugins.comparison.experiment import compare
 from kd_plugins.data import prepare_digits
-from kd_plugins.mm.comparison.experiment import Comparison, compare
+from kd_plugins.mm.comparison.experiment import Comparison
 
 CONFIGS = Path(__file__).parents[3] / 'configs'
 TEACHER, STUDENT = CONFIGS / 'det' / 'digits_yolox_teacher.py', CONFIGS / 'det' / 'digits_yolox_student.py'

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
+from kd_plugins.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
+from kd_plugins.comparison.figures import Detections
 from kd_plugins.comparison.history import History
-from kd_plugins.comparison.phases import Display, Phase, clock, run_phases
-from kd_plugins.comparison.report import write_report
-from kd_plugins.comparison.table import Arm, Result, text
+from kd_plugins.comparison.phases import Phase
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.cli import find_recipe
 from kd_plugins.mm.comparison.detections import read_detections
@@ -31,8 +28,6 @@ from kd_plugins.mm.configs import load_config, without_pretrained
 
 TOOLS = Path(__file__).parents[3] / 'tools'
 MAP, MAP50 = 'bbox_mAP', 'bbox_mAP_50'
-TEACHER, PLAIN = 'teacher', 'plain'
-TEACHER_SEED = 0
 NOTE = (
     'mAP, AP50 and gain in points (100 × COCO AP), measured by tools/test.py on the last checkpoint. s/iter: median '
     'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
@@ -40,7 +35,7 @@ NOTE = (
 
 
 @dataclass
-class Comparison:
+class Comparison(Experiment):
     """What is compared.
 
     Attributes:
@@ -69,7 +64,11 @@ class Comparison:
     jobs: int | None = None
     scenes: int = 5
     title: str = 'Plain and distilled student'
-    _hashes: dict[Path, str] = field(default_factory=dict)
+    step: ClassVar[str] = 'iter'
+    note: ClassVar[str] = NOTE
+    together: ClassVar[str] = 'data loading'
+    #: The teacher uses all cores alone; then plain and distilled students run side by side.
+    plain_first: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.work_dir = Path(self.work_dir)
@@ -78,15 +77,10 @@ class Comparison:
         self.arms = dict(zip(_arm_names(self.recipes), self.recipes, strict=True))
         for recipe in self.recipes:
             find_recipe(recipe)
-        if not self.seeds:
-            raise DistillError('--seeds must be at least 1.')
         if self.teacher_checkpoint and not Path(self.teacher_checkpoint).is_file():
             raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        if self.jobs is None:
-            self.jobs = 1 if torch.cuda.is_available() else min(2, self.cores)
-        if self.jobs < 1:
-            raise DistillError(f'--jobs must be at least 1, got {self.jobs}.')
+        self.prepare()
+        self._sizes: dict[str, int] = {}
         # Its notes on environment variables in configs would stand between the lines of progress.
         MMLogger.get_current_instance().setLevel('WARNING')
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
@@ -115,7 +109,7 @@ class Comparison:
             settings = dict(
                 recipe=Config.fromfile(find_recipe(recipe)).to_dict(),
                 teacher=Config(dict(model=self.teacher_config.model)).pretty_text,
-                teacher_weights=self._hash(checkpoint),
+                teacher_weights=self.hash_of(checkpoint),
             )
         phase = self._training(
             f'{arm}, seed {seed}',
@@ -158,108 +152,58 @@ class Comparison:
             title=f'evaluate {title}',
             folder=folder,
             command=[*command, *_options(options)],
-            settings=dict(config=config.pretty_text, weights=self._hash(checkpoint), data=_data_hashes(config)),
+            settings=dict(config=config.pretty_text, weights=self.hash_of(checkpoint), data=_data_hashes(config)),
             progress=RunnerProgress(),
             mode='test',
-            threads=max(1, self.cores // self.jobs),
+            threads=self.threads,
         )
 
+    @property
+    def distilled(self) -> Sequence[str]:
+        """See `Experiment`, as for all that follows."""
+        return list(self.arms)
+
+    @property
+    def trains_teacher(self) -> bool:
+        return not self.teacher_checkpoint
+
     def teacher_weights(self) -> Path:
-        """The teacher's checkpoint, given or trained."""
         if self.teacher_checkpoint:
             return Path(self.teacher_checkpoint)
         return last_checkpoint(self.work_dir / TEACHER / 'train')
 
-    def _hash(self, path: Path) -> str:
-        if path not in self._hashes:
-            self._hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return self._hashes[path]
+    def last_checkpoint(self, folder: Path) -> Path:
+        return last_checkpoint(folder)
 
+    # ------------------------------------------------------------------ what came out
+    def history(self, folder: Path) -> History:
+        return read_history(folder)
 
-def compare(comparison: Comparison, display: Display | None = None) -> dict[str, Any]:
-    """Run what is missing of a comparison, print its table and write its report.
+    def measured(self, test: Phase) -> tuple[float, float]:
+        metrics = read_test_metrics(test.folder)
+        return _accuracy(metrics, MAP), _accuracy(metrics, MAP50)
 
-    Args:
-        comparison: What to compare.
-        display: Where progress goes; default standard output.
+    def parameters(self, arm: str, test: Phase) -> int:
+        config = self.teacher_config if arm == TEACHER else self.student_config
+        if arm not in self._sizes:
+            self._sizes[arm] = count_parameters(config)
+        return self._sizes[arm]
 
-    Returns:
-        What ``results.json`` holds: the rows' figures per seed, and the seconds that this call took.
+    def detections(self, tests: Mapping[str, Phase]) -> Detections | None:
+        files = {name: test.folder / 'detections.pkl' for name, test in tests.items()}
+        return read_detections(files, _dataset(self.student_config.test_dataloader), self.scenes)
 
-    Raises:
-        DistillError: Something cannot run; the message says what, with the end of the log.
-    """
-    began = time.monotonic()
-    display = display or Display()
-    work_dir, seeds = comparison.work_dir, comparison.seeds
-    names = [PLAIN, *comparison.arms]
-    if not comparison.teacher_checkpoint:
-        run_phases([comparison.train_teacher()], display)
-    trainings = {(arm, seed): comparison.train_student(arm, seed) for seed in seeds for arm in names}
-    run_phases(list(trainings.values()), display, comparison.jobs)
+    def metric(self, histories: Iterable[History]) -> str:
+        keys = (k for h in histories for line in h.val.values() for k in line if k.endswith(MAP))
+        return next(keys, f'coco/{MAP}')
 
-    weights = {(TEACHER, TEACHER_SEED): comparison.teacher_weights()}
-    weights |= {key: last_checkpoint(phase.folder) for key, phase in trainings.items()}
-    folders = {(TEACHER, TEACHER_SEED): work_dir / TEACHER}
-    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
-    tests = {
-        key: comparison.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
-        for key, path in weights.items()
-    }
-    run_phases(list(tests.values()), display, comparison.jobs)
-
-    histories = {key: read_history(folder / 'train') for key, folder in folders.items()}
-    student_size = count_parameters(comparison.student_config)
-
-    def arm(name: str, keys: Sequence[tuple[str, int]]) -> Arm:
-        size = count_parameters(comparison.teacher_config) if name == TEACHER else student_size
-        results = []
-        for key in keys:
-            metrics = read_test_metrics(tests[key].folder)
-            results.append(
-                Result(
-                    seed=key[1],
-                    map=_accuracy(metrics, MAP),
-                    map50=_accuracy(metrics, MAP50),
-                    seconds=histories[key].seconds_per_iteration(),
-                    size=weights[key].stat().st_size,
-                )
-            )
-        return Arm(name if name in (TEACHER, PLAIN) else f'distilled: {name}', size, results)
-
-    teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
-    plain, *distilled = (arm(name, [(name, seed) for seed in seeds]) for name in names)
-    display.say('\n' + text(teacher, plain, distilled))
-    if comparison.jobs > 1:
-        display.say(f's/iter of the students: {comparison.jobs} trainings at once, data loading included.')
-    seconds = time.monotonic() - began
-    results = dict(
-        seeds=list(seeds),
-        arms={
-            a.name: dict(parameters=a.parameters, runs=[vars(r) for r in a.results])
-            for a in (teacher, plain, *distilled)
-        },
-        seconds=seconds,
-    )
-    (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
-    shown = [(TEACHER, TEACHER_SEED), *((n, seeds[0]) for n in names)]
-    files = {
-        a.name: tests[key].folder / 'detections.pkl' for a, key in zip((teacher, plain, *distilled), shown, strict=True)
-    }
-    report = write_report(
-        work_dir,
-        title=comparison.title,
-        teacher=teacher,
-        plain=plain,
-        distilled=distilled,
-        histories={a.name: [histories[n, s] for s in seeds] for a, n in zip((plain, *distilled), names, strict=True)},
-        metric=_metric_key(histories.values()),
-        detections=read_detections(files, _dataset(comparison.student_config.test_dataloader), comparison.scenes),
-        note=NOTE,
-        facts=_facts(comparison),
-    )
-    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
-    return results
+    def facts(self) -> dict[str, str]:
+        weights = f', weights {self.teacher_checkpoint}' if self.teacher_checkpoint else ', trained here'
+        return {
+            'teacher': _short(self.teacher) + weights,
+            'student': _short(self.student),
+            'recipes': ', '.join(map(_short, self.recipes)),
+        }
 
 
 def read_config(spec: str, options: Sequence[str], where: str) -> Config:
@@ -295,12 +239,6 @@ def count_parameters(config: Config) -> int:
     init_default_scope(config.get('default_scope', 'mmengine'))
     model = MODELS.build(without_pretrained(config.model))
     return sum(p.numel() for p in model.parameters())
-
-
-def _metric_key(histories: Iterable[History]) -> str:
-    """The key under which the box mAP was logged."""
-    keys = (k for h in histories for line in h.val.values() for k in line if k.endswith(MAP))
-    return next(keys, f'coco/{MAP}')
 
 
 def _reports_boxes(config: Config) -> bool:
@@ -350,20 +288,6 @@ def _data_hashes(config: Config) -> dict[str, str]:
         if path.is_file():
             hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashes
-
-
-def _facts(comparison: Comparison) -> dict[str, str]:
-    """What a reader needs to judge or repeat the figures."""
-    return {
-        'teacher': _short(comparison.teacher)
-        + (f', weights {comparison.teacher_checkpoint}' if comparison.teacher_checkpoint else ', trained here'),
-        'student': _short(comparison.student),
-        'recipes': ', '.join(map(_short, comparison.recipes)),
-        'seeds': ', '.join(map(str, comparison.seeds)),
-        'trainings at once': f'{comparison.jobs} (on {comparison.cores} cores)',
-        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
-        'torch': torch.__version__,
-    }
 
 
 def _short(path: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_plugins.comparison.experiment import compare
 from kd_plugins.data import prepare_digits
-from kd_plugins.yolo.comparison.experiment import DEFAULT, NATIVE, Comparison, compare
+from kd_plugins.yolo.comparison.experiment import DEFAULT, NATIVE, Comparison
 
 TEACHER = 'yolo11n.yaml'
 #: Width of the student's channels, as a fraction of YOLO11's; n has 0.25.

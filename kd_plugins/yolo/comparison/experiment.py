@@ -6,19 +6,17 @@ import hashlib
 import json
 import os
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
+from kd_plugins.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
 from kd_plugins.comparison.figures import Detections, Objects
-from kd_plugins.comparison.phases import Display, Phase, clock, run_phases
-from kd_plugins.comparison.report import write_report
-from kd_plugins.comparison.table import Arm, Result, text
+from kd_plugins.comparison.history import History
+from kd_plugins.comparison.phases import Phase
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.yolo.callback import check_version
 from kd_plugins.yolo.cli import overrides_of
@@ -26,8 +24,7 @@ from kd_plugins.yolo.comparison.logs import MAP, TrainerProgress, read_history
 from kd_plugins.yolo.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[3] / 'configs' / 'yolo'
-TEACHER, PLAIN, NATIVE, DEFAULT = 'teacher', 'plain', 'native', 'default'
-TEACHER_SEED = 0
+NATIVE, DEFAULT = 'native', 'default'
 #: What this comparison sets itself; elsewhere it would be overwritten without a word.
 RESERVED = ('model', 'data', 'project', 'name', 'seed', 'resume', 'exist_ok', 'mode', 'task', 'distill_model', 'save')
 NOTE = (
@@ -38,7 +35,7 @@ NOTE = (
 
 
 @dataclass
-class Comparison:
+class Comparison(Experiment):
     """What is compared.
 
     Attributes:
@@ -70,14 +67,16 @@ class Comparison:
     jobs: int | None = None
     scenes: int = 5
     title: str = 'Plain and distilled student in Ultralytics'
-    _hashes: dict[Path, str] = field(default_factory=dict)
+    step: ClassVar[str] = 'epoch'
+    note: ClassVar[str] = NOTE
+    together: ClassVar[str] = 'validation'
+    #: Ultralytics gives a training on the CPU all cores but one.
+    plain_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_version()
         # Ultralytics puts relative projects below its own folder for runs.
         self.work_dir = Path(self.work_dir).absolute()
-        if not self.seeds:
-            raise DistillError('--seeds must be at least 1.')
         self.words = dict(map(self._arm, self.recipes))
         if not self.recipes or len(self.words) < len(self.recipes):
             raise DistillError('--kd needs at least one recipe, and every one of another name.')
@@ -95,11 +94,7 @@ class Comparison:
                         f'{", ".join(RESERVED)} and kd_*, which the comparison sets.'
                     )
         self._refuse_other_tasks()
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        if self.jobs is None:
-            self.jobs = 1 if torch.cuda.is_available() else min(2, self.cores)
-        if self.jobs < 1:
-            raise DistillError(f'--jobs must be at least 1, got {self.jobs}.')
+        self.prepare()
 
     def _arm(self, name: str) -> tuple[str, list[str]]:
         """Name and words for the command line of a distilled student; the teacher is added later."""
@@ -142,7 +137,7 @@ class Comparison:
             key = 'distill_model' if arm == NATIVE else 'kd_teacher'
             phase.command = [*phase.command, *self.words[arm], f'{key}={teacher}']
             recipe = Path(self.words[arm][0].removeprefix('kd=')).read_text() if self.words[arm] else None
-            phase.settings = {**phase.settings, 'recipe': recipe, 'teacher': self._hash(teacher)}
+            phase.settings = {**phase.settings, 'recipe': recipe, 'teacher': self.hash_of(teacher)}
         return phase
 
     def _training(self, title: str, folder: Path, model: str, options: Sequence[str], seed: int) -> Phase:
@@ -167,7 +162,7 @@ class Comparison:
             # Killed before the first epoch was saved it begins again.
             resume=['resume=True', f'model={last}'] if last.is_file() else None,
             max_epochs=overrides_of(['train', *options]).get('epochs', 100),
-            threads=max(1, self.cores // self.jobs),
+            threads=self.threads,
         )
 
     def test(self, title: str, folder: Path, weights: Path) -> Phase:
@@ -180,25 +175,60 @@ class Comparison:
             title=f'evaluate {title}',
             folder=folder,
             command=[*command, str(folder / 'result.json'), '--imgsz', str(size), '--scenes', str(self.scenes)],
-            settings=dict(weights=self._hash(weights), data=self._data_hashes(), size=size, scenes=self.scenes),
+            settings=dict(weights=self.hash_of(weights), data=self._data_hashes(), size=size, scenes=self.scenes),
             progress=TrainerProgress(),
             mode='test',
-            threads=max(1, self.cores // self.jobs),
+            threads=self.threads,
         )
 
     @property
+    def distilled(self) -> Sequence[str]:
+        """See `Experiment`, as for all that follows."""
+        return list(self.words)
+
+    @property
     def trains_teacher(self) -> bool:
-        """Whether the teacher has no weights yet."""
         return not self.teacher.endswith('.pt')
 
     def teacher_weights(self) -> Path:
-        """The teacher's checkpoint, given or trained."""
         return last_checkpoint(self.work_dir / TEACHER / 'train') if self.trains_teacher else Path(self.teacher)
 
-    def _hash(self, path: Path) -> str:
-        if path not in self._hashes:
-            self._hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return self._hashes[path]
+    def last_checkpoint(self, folder: Path) -> Path:
+        return last_checkpoint(folder)
+
+    # ------------------------------------------------------------------ what came out
+    def history(self, folder: Path) -> History:
+        return read_history(folder)
+
+    def measured(self, test: Phase) -> tuple[float, float]:
+        found = _result(test)
+        return found['map'], found['map50']
+
+    def parameters(self, arm: str, test: Phase) -> int:
+        return _result(test)['parameters']
+
+    def detections(self, tests: Mapping[str, Phase]) -> Detections | None:
+        return _detections({name: _result(test) for name, test in tests.items()})
+
+    def metric(self, histories: Iterable[History]) -> str:
+        return MAP
+
+    def label(self, arm: str) -> str:
+        names = {TEACHER: TEACHER, PLAIN: PLAIN, NATIVE: 'native distill_model', DEFAULT: 'kd_plugins'}
+        return names.get(arm, f'kd_plugins: {arm}')
+
+    def facts(self) -> dict[str, str]:
+        import ultralytics
+
+        return {
+            'teacher': self.teacher + (', trained here' if self.trains_teacher else ''),
+            'student': self.student,
+            'data': os.path.relpath(self.data),
+            'arms': ', '.join(self.words),
+            'options': ' '.join(self.student_options),
+            'options of the teacher': ' '.join(self.teacher_options) if self.trains_teacher else '',
+            'ultralytics': ultralytics.__version__,
+        }
 
     def _data_hashes(self) -> dict[str, Any]:
         """The YAML and the size of what it names, so that another data set at the same place is noticed."""
@@ -208,89 +238,6 @@ class Comparison:
         for path in labels:
             digest.update(path.read_bytes())
         return dict(yaml=Path(self.data).read_text(), labels=len(labels), digest=digest.hexdigest())
-
-
-def compare(comparison: Comparison, display: Display | None = None) -> dict[str, Any]:
-    """Run what is missing of a comparison, print its table and write its report.
-
-    Args:
-        comparison: What to compare.
-        display: Where progress goes; default standard output.
-
-    Returns:
-        What ``results.json`` holds: the rows' figures per seed, and the seconds that this call took.
-
-    Raises:
-        DistillError: Something cannot run; the message says what, with the end of the log.
-    """
-    began = time.monotonic()
-    display = display or Display()
-    work_dir, seeds, jobs = comparison.work_dir, comparison.seeds, comparison.jobs
-    names = [PLAIN, *comparison.words]
-    # Plain students do not wait for the teacher.
-    trainings = {(PLAIN, seed): comparison.train_student(PLAIN, seed) for seed in seeds}
-    first = [comparison.train_teacher()] if comparison.trains_teacher else []
-    run_phases([*first, *trainings.values()], display, jobs)
-    distilled = {(arm, seed): comparison.train_student(arm, seed) for seed in seeds for arm in comparison.words}
-    run_phases(list(distilled.values()), display, jobs)
-    trainings |= distilled
-
-    weights = {(TEACHER, TEACHER_SEED): comparison.teacher_weights()}
-    weights |= {key: last_checkpoint(phase.folder) for key, phase in trainings.items()}
-    folders = {(TEACHER, TEACHER_SEED): work_dir / TEACHER}
-    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
-    tests = {
-        key: comparison.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
-        for key, path in weights.items()
-    }
-    run_phases(list(tests.values()), display, jobs)
-
-    measured = {key: json.loads((phase.folder / 'result.json').read_text()) for key, phase in tests.items()}
-    histories = {key: read_history(folder / 'train') for key, folder in folders.items()}
-
-    def arm(name: str, keys: Sequence[tuple[str, int]]) -> Arm:
-        results = [
-            Result(
-                seed=key[1],
-                map=measured[key]['map'],
-                map50=measured[key]['map50'],
-                seconds=histories[key].seconds_per_iteration(),
-                size=weights[key].stat().st_size,
-            )
-            for key in keys
-        ]
-        titles = {TEACHER: TEACHER, PLAIN: PLAIN, NATIVE: 'native distill_model', DEFAULT: 'kd_plugins'}
-        return Arm(titles.get(name, f'kd_plugins: {name}'), measured[keys[0]]['parameters'], results)
-
-    teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
-    plain, *others = (arm(name, [(name, seed) for seed in seeds]) for name in names)
-    display.say('\n' + text(teacher, plain, others, 'epoch'))
-    if jobs > 1:
-        display.say(f's/epoch: {jobs} trainings at once, validation included.')
-    seconds = time.monotonic() - began
-    every = (teacher, plain, *others)
-    results = dict(
-        seeds=list(seeds),
-        arms={a.name: dict(parameters=a.parameters, runs=[vars(r) for r in a.results]) for a in every},
-        seconds=seconds,
-    )
-    (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
-    shown = [(TEACHER, TEACHER_SEED), *((n, seeds[0]) for n in names)]
-    report = write_report(
-        work_dir,
-        title=comparison.title,
-        teacher=teacher,
-        plain=plain,
-        distilled=others,
-        histories={a.name: [histories[n, s] for s in seeds] for a, n in zip((plain, *others), names, strict=True)},
-        metric=MAP,
-        detections=_detections({a.name: measured[key] for a, key in zip(every, shown, strict=True)}),
-        note=NOTE,
-        facts=_facts(comparison),
-        step='epoch',
-    )
-    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
-    return results
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -303,6 +250,10 @@ def last_checkpoint(folder: Path) -> Path:
     if not path.is_file():
         raise DistillError(f'{folder} holds no weights/last.pt after the training.')
     return path
+
+
+def _result(test: Phase) -> dict[str, Any]:
+    return json.loads((test.folder / 'result.json').read_text())
 
 
 def _detections(measured: dict[str, dict[str, Any]]) -> Detections | None:
@@ -331,21 +282,3 @@ def _content(spec: str) -> str:
     """What identifies a model: a file's content, or the name of an official one."""
     path = Path(spec)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else spec
-
-
-def _facts(comparison: Comparison) -> dict[str, str]:
-    """What a reader needs to judge or repeat the figures."""
-    import ultralytics
-
-    return {
-        'teacher': comparison.teacher + (', trained here' if comparison.trains_teacher else ''),
-        'student': comparison.student,
-        'data': os.path.relpath(comparison.data),
-        'arms': ', '.join(comparison.words),
-        'options': ' '.join(comparison.student_options),
-        'options of the teacher': ' '.join(comparison.teacher_options) if comparison.trains_teacher else '',
-        'seeds': ', '.join(map(str, comparison.seeds)),
-        'trainings at once': f'{comparison.jobs} (on {comparison.cores} cores)',
-        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
-        'versions': f'ultralytics {ultralytics.__version__}, torch {torch.__version__}',
-    }
