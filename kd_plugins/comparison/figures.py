@@ -61,7 +61,7 @@ def draw_curves(
             right.plot(x, [100 * v for v in values], marker='o', markersize=3.5, label=label, **style)
     right.axhline(100 * teacher, color=TEACHER, linestyle='--', linewidth=1.2, label='teacher')
     left.set(title="Student's own loss (without distillation terms)", xlabel=unit, ylabel='loss')
-    right.set(title='Validation', xlabel=unit, ylabel='COCO mAP (%)')
+    right.set(title='Validation', xlabel=unit, ylabel='mAP (%)')
     right.set_ylim(bottom=0)
     right.set_xlim(left=0)
     left.set_xlim(left=0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import multiprocessing
 import tempfile
 import time
@@ -40,7 +39,7 @@ from kd_plugins.measure import (
     random_boxes,
     reset_peak,
 )
-from kd_plugins.yolo.callback import DistillCallback, check_version
+from kd_plugins.yolo.callback import DistillCallback, check_version, quiet, registered
 from kd_plugins.yolo.teacher import class_names, find_teacher, follow, load_model
 
 #: Of a distilled step over plain step and bare teacher, and over a step with ``distill_model=``.
@@ -234,8 +233,6 @@ def bare_teacher(trainer: Any) -> Callable[[], Any]:
 
 def owner_of_distiller(trainer: Any) -> Any:
     """The running distillation of a trainer that was brought up."""
-    from kd_plugins.yolo.callback import registered
-
     (callback,) = registered(trainer)
     return callback.distiller
 
@@ -316,18 +313,6 @@ def check(setup: Setup) -> None:
         raise DistillError('--device cuda: torch sees no CUDA device here; use --device cpu.')
     if setup.amp and setup.device == 'cpu':
         raise DistillError('--amp needs --device cuda.')
-
-
-class quiet:
-    """Ultralytics' logger says nothing but errors."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger('ultralytics')
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        self._logger.setLevel(self._level)
 
 
 def peak_memory(setup: Setup, data: str, folder: str, variant: str, steps: int = 3) -> int | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -330,6 +331,17 @@ def logger() -> Any:
     from ultralytics.utils import LOGGER
 
     return LOGGER
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Ultralytics' logger says nothing but errors."""
+    level = logger().level
+    logger().setLevel('ERROR')
+    try:
+        yield
+    finally:
+        logger().setLevel(level)
 
 
 def is_main() -> bool:

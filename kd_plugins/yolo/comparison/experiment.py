@@ -18,7 +18,7 @@ from kd_plugins.comparison.figures import Detections, Objects
 from kd_plugins.comparison.history import History
 from kd_plugins.comparison.phases import Phase
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.yolo.callback import check_version
+from kd_plugins.yolo.callback import check_version, quiet
 from kd_plugins.yolo.cli import overrides_of
 from kd_plugins.yolo.comparison.logs import MAP, TrainerProgress, read_history
 from kd_plugins.yolo.recipe import read_recipe
@@ -116,7 +116,8 @@ class Comparison(Experiment):
 
         for where, spec in (('--teacher', self.teacher), ('--student', self.student)):
             try:
-                task = YOLO(spec, verbose=False).task
+                with quiet():
+                    task = YOLO(spec, verbose=False).task
             except FileNotFoundError as error:
                 raise DistillError(f'{where} {spec!r} does not exist.') from error
             if task != 'detect':
