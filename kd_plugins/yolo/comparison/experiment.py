@@ -168,7 +168,8 @@ class Comparison(Experiment):
 
     def test(self, title: str, folder: Path, weights: Path) -> Phase:
         """The evaluation of a checkpoint, which also leaves its detections for the picture."""
-        options = self.teacher_options if title == TEACHER else self.student_options
+        # A teacher that is given as a file is evaluated as it teaches: at the students' image size.
+        options = [*self.student_options, *(self.teacher_options if title == TEACHER else ())]
         size = overrides_of(['train', *options]).get('imgsz', 640)
         command = [sys.executable, '-m', 'kd_plugins.yolo.comparison.evaluate', str(weights), self.data]
         folder = folder / 'test'

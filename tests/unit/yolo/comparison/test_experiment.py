@@ -68,6 +68,15 @@ def test_commands(wanted, tmp_path):
     assert again.train_student('native', 0).fingerprint != prints['native']
 
 
+def test_a_given_teacher_is_evaluated_as_it_teaches(wanted, tmp_path):
+    (tmp_path / 'x.pt').write_bytes(b'1')
+    for options, size in (([], '96'), (['imgsz=128'], '128')):
+        comparison = Comparison(**wanted, student_options=['imgsz=96'], teacher_options=options)
+        for title, expected in (('teacher', size), ('plain', '96')):
+            command = comparison.test(title, tmp_path / 'runs', tmp_path / 'x.pt').command
+            assert command[command.index('--imgsz') + 1] == expected
+
+
 def test_labels_and_files(tmp_path):
     (tmp_path / 'a.txt').write_text('2 0.5 0.5 0.5 0.25\n\n')
     assert read_labels(tmp_path / 'a.txt', 100, 200) == [[50.0, 37.5, 150.0, 62.5, 2.0]]
