@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from kd_plugins.errors import DistillError
-from kd_plugins.measure import Operators, Ratio, Spread, interleave, memory, reset_peak
+from kd_plugins.measure import (
+    Operators,
+    Ratio,
+    Spread,
+    interleave,
+    memory,
+    milliseconds,
+    random_boxes,
+    reset_peak,
+)
 
 
 def test_quartiles_are_interpolated():
@@ -95,3 +104,16 @@ def test_peak_memory_is_of_now():
     torch.ones(2**23).sum()
     grown = memory(device, peak=True) - before
     assert 28 * 2**20 < grown < 48 * 2**20, f'{grown} bytes for 32 MiB'
+
+
+def test_random_boxes_lie_in_the_image():
+    size = torch.tensor([200, 100])
+    boxes = random_boxes(500, size, torch.Generator().manual_seed(0))
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert (boxes >= 0).all() and (boxes[:, 2:] <= size + 1e-3).all()
+    assert (sides >= 0.03 * size - 1e-3).all() and (sides <= 0.8 * size + 1e-3).all()
+    assert (sides / size).median() < 0.25, 'small ones prevail'
+
+
+def test_durations_have_three_digits():
+    assert [milliseconds(s) for s in (12.3456, 0.123456, 0.00123456, 0)] == ['12346 ms', '123 ms', '1.23 ms', '0 ms']
