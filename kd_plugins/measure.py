@@ -6,16 +6,20 @@ repeat times every variant, in random order, and what is compared are the varian
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
+import multiprocessing
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -243,4 +247,75 @@ def machine(**versions: str) -> dict[str, object]:
         cpu=cpu_name(),
         cores=os.cpu_count(),
         load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    )
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of a module in a fresh process: what an allocator once had, it keeps."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *args).result()
+
+
+def add_options(parser: argparse.ArgumentParser, sizes: Mapping[str, tuple[Any, Any]]) -> None:
+    """The options that every benchmark has.
+
+    Args:
+        parser: Where they are added.
+        sizes: Values on the CPU and on CUDA of ``image_size``, ``batch_size``, ``repeats`` and ``steps``, for the help.
+    """
+
+    def text(name: str) -> str:
+        on_cpu, on_gpu = (' '.join(map(str, v)) if isinstance(v, tuple) else v for v in sizes[name])
+        return f'(default: {on_cpu} on the CPU, {on_gpu} on CUDA)'
+
+    rectangle = isinstance(sizes['image_size'][0], tuple)
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--image-size',
+        type=int,
+        nargs=2 if rectangle else None,
+        metavar=('H', 'W') if rectangle else 'S',
+        help=text('image_size'),
+    )
+    parser.add_argument('--batch-size', type=int, help=text('batch_size'))
+    parser.add_argument('--repeats', type=int, help=text('repeats'))
+    parser.add_argument('--steps', type=int, help='steps per measurement ' + text('steps'))
+    parser.add_argument('--threads', type=int, default=1, help='threads of torch on the CPU')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (CUDA)')
+    parser.add_argument('--no-memory', action='store_true', help='skip peak memory (one fresh process per variant)')
+    parser.add_argument('--json', metavar='FILE', help='also write all figures')
+
+
+def chosen_sizes(args: argparse.Namespace, sizes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """What the command line gave, and the defaults of its device for the rest; see :func:`add_options`."""
+    return {k: v[args.device == 'cuda'] if getattr(args, k) is None else getattr(args, k) for k, v in sizes.items()}
+
+
+def figures(result: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Lines of a table: time, memory and operators of every variant.
+
+    Args:
+        result: With ``seconds``, ``operators`` and ``waiting`` by variant, ``memory`` by variant or None, and the
+            ``bound``.
+        rows: Label and variant; two variants stand for the bound, their sum.
+    """
+    lines = [f'{"":32}{"median":>10}{"quartiles":>22}{"peak memory":>14}{"operators":>11}{"host waits":>12}']
+    for label, names in rows:
+        spread, used = result['bound'], ''
+        if len(names) == 1:
+            spread, peak = result['seconds'][names[0]], (result['memory'] or {}).get(names[0])
+            used = '-' if peak is None else f'{peak / 2**20:.0f} MiB'
+        quartiles = f'{milliseconds(spread["low"])} - {milliseconds(spread["high"])}'
+        operators, waits = (sum(result[k][n] for n in names) for k in ('operators', 'waiting'))
+        lines.append(
+            f'{label:32}{milliseconds(spread["median"]):>10}{quartiles:>22}{used:>14}{operators:>11}{waits:>12}'
+        )
+    return lines
+
+
+def verdict(ratio: Mapping[str, Any]) -> str:
+    """A ratio with its interval, and whether its ``aim`` is met."""
+    return (
+        f'{ratio["value"]:.3f}  (95 % interval {ratio["low"]:.3f} - {ratio["high"]:.3f}), '
+        f'aim <= {ratio["aim"]:.2f}: {ratio["verdict"]}'
     )

@@ -12,12 +12,10 @@ import copy
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +37,17 @@ from kd_plugins.errors import DistillError, nearest
 from kd_plugins.measure import (
     Ratio,
     Spread,
+    add_options,
+    chosen_sizes,
     count_operators,
+    figures,
+    in_new_process,
     interleave,
     machine,
     memory,
-    milliseconds,
     random_boxes,
     reset_peak,
+    verdict,
 )
 from kd_plugins.mm.cli import _use_amp, add_distillation
 from kd_plugins.mm.configs import load_config, without_pretrained
@@ -55,6 +57,14 @@ from kd_plugins.mm.teacher import build_architecture, dataset_classes
 
 AIM = 1.05
 VARIANTS = ('student', 'teacher', 'distilled')
+ROWS = (
+    ('plain student step', ['student']),
+    ('bare teacher forward', ['teacher']),
+    ('both (lower bound)', ['student', 'teacher']),
+    ('distilled step', ['distilled']),
+)
+#: Defaults on the CPU and on CUDA.
+SIZES = dict(image_size=((320, 320), (640, 640)), batch_size=(2, 8), repeats=(10, 40), steps=(1, 5))
 
 #: Pairs by name: student, teacher, recipe.
 PAIRS = {
@@ -338,7 +348,7 @@ def measure(setup: Setup, with_memory: bool = True) -> dict[str, Any]:
         _close_logs()
         del pair, steps
         if with_memory:
-            result['memory'] = {name: _in_new_process(setup, name, folder) for name in VARIANTS}
+            result['memory'] = {name: in_new_process(peak_memory, setup, name, folder) for name in VARIANTS}
     return result
 
 
@@ -382,11 +392,6 @@ def peak_memory(setup: Setup, variant: str, work_dir: str, steps: int = 3) -> in
     return None if peak is None or before is None else peak - before
 
 
-def _in_new_process(setup: Setup, variant: str, work_dir: str) -> int | None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(peak_memory, setup, variant, work_dir).result()
-
-
 def _close_logs() -> None:
     # The Runners' log files lie in a folder that is about to be removed.
     for name, logger in MMLogger._instance_dict.items():
@@ -399,7 +404,7 @@ def _close_logs() -> None:
 # ---------------------------------------------------------------------- report
 def table(result: dict[str, Any]) -> str:
     """What :func:`measure` returned, for people."""
-    setup, seconds, ratio = result['setup'], result['seconds'], result['ratio']
+    setup, ratio = result['setup'], result['ratio']
     height, width = setup['image_size']
     weights = 'random weights' if setup['checkpoint'] is None else setup['checkpoint']
     steps = f' of {setup["steps"]} steps' if setup['steps'] > 1 else ''
@@ -408,29 +413,9 @@ def table(result: dict[str, Any]) -> str:
         f'{setup["batch_size"]}x3x{height}x{width}, {"float16 AMP" if setup["amp"] else "float32"}, '
         f'{setup["device"]}, {setup["threads"]} thread(s), {setup["repeats"]} interleaved repeats{steps}',
         '',
-        f'{"":32}{"median":>10}{"quartiles":>22}{"peak memory":>14}{"operators":>11}{"host waits":>12}',
-    ]
-    rows = (
-        ('plain student step', seconds['student'], 'student'),
-        ('bare teacher forward', seconds['teacher'], 'teacher'),
-        ('both (lower bound)', result['bound'], None),
-        ('distilled step', seconds['distilled'], 'distilled'),
-    )
-    for label, spread, name in rows:
-        quartiles = f'{milliseconds(spread["low"])} - {milliseconds(spread["high"])}'
-        line = f'{label:32}{milliseconds(spread["median"]):>10}{quartiles:>22}'
-        if name is None:
-            operators, waits = ([result[k][n] for n in ('student', 'teacher')] for k in ('operators', 'waiting'))
-            line += f'{"":>14}{sum(operators):>11}{sum(waits):>12}'
-        else:
-            used = (result['memory'] or {}).get(name)
-            shown = '-' if used is None else f'{used / 2**20:.0f} MiB'
-            line += f'{shown:>14}{result["operators"][name]:>11}{result["waiting"][name]:>12}'
-        lines.append(line)
-    lines += [
+        *figures(result, ROWS),
         '',
-        f'distilled / (student + teacher)  {ratio["value"]:.3f}  '
-        f'(95 % interval {ratio["low"]:.3f} - {ratio["high"]:.3f}), aim <= {ratio["aim"]:.2f}: {ratio["verdict"]}',
+        f'distilled / (student + teacher)  {verdict(ratio)}',
         f'start-up                         +{result["startup"]:.1f} s '
         '(teacher built, loaded and tried, adapters, summary)',
     ]
@@ -463,27 +448,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     own.add_argument('--teacher', metavar='CFG', help="config file or 'mmdet::path'")
     own.add_argument('--kd', metavar='RECIPE', help='name in configs/kd or file')
     own.add_argument('--teacher-checkpoint', metavar='PTH', help='weights of the teacher (default: random)')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument(
-        '--image-size', type=int, nargs=2, metavar=('H', 'W'), help='(default: 320 320 on the CPU, 640 640 on CUDA)'
-    )
-    parser.add_argument('--batch-size', type=int, help='(default: 2 on the CPU, 8 on CUDA)')
-    parser.add_argument('--repeats', type=int, help='(default: 10 on the CPU, 40 on CUDA)')
-    parser.add_argument('--steps', type=int, help='steps per measurement (default: 1 on the CPU, 5 on CUDA)')
-    parser.add_argument('--threads', type=int, default=1, help='threads of torch on the CPU')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (CUDA)')
-    parser.add_argument('--no-memory', action='store_true', help='skip peak memory (one fresh process per variant)')
-    parser.add_argument('--json', metavar='FILE', help='also write all figures')
+    add_options(parser, SIZES)
     args = parser.parse_args(argv)
-    on_gpu = args.device == 'cuda'
-    given = dict(image_size=args.image_size, batch_size=args.batch_size, repeats=args.repeats, steps=args.steps)
-    defaults = dict(
-        image_size=(640, 640) if on_gpu else (320, 320),
-        batch_size=8 if on_gpu else 2,
-        repeats=40 if on_gpu else 10,
-        steps=5 if on_gpu else 1,
-    )
-    sizes = {k: defaults[k] if v is None else v for k, v in given.items()}
+    sizes = chosen_sizes(args, SIZES)
     sizes['image_size'] = tuple(sizes['image_size'])
     info = machine(mmengine=mmengine.__version__, mmdet=mmdet.__version__)
     print(', '.join(f'{k} {v}' for k, v in info.items() if v is not None), flush=True)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,13 +29,17 @@ from kd_plugins.errors import DistillError, nearest
 from kd_plugins.measure import (
     Ratio,
     Spread,
+    add_options,
+    chosen_sizes,
     count_operators,
+    figures,
+    in_new_process,
     interleave,
     machine,
     memory,
-    milliseconds,
     random_boxes,
     reset_peak,
+    verdict,
 )
 from kd_plugins.yolo.callback import DistillCallback, check_version, quiet, registered
 from kd_plugins.yolo.teacher import class_names, find_teacher, follow, load_model
@@ -45,6 +47,15 @@ from kd_plugins.yolo.teacher import class_names, find_teacher, follow, load_mode
 #: Of a distilled step over plain step and bare teacher, and over a step with ``distill_model=``.
 AIM, NATIVE_AIM = 1.05, 0.9
 VARIANTS = ('plain', 'teacher', 'native', 'distilled')
+ROWS = (
+    ('plain student step', ['plain']),
+    ('bare teacher forward', ['teacher']),
+    ('both (lower bound)', ['plain', 'teacher']),
+    ('step with distill_model=', ['native']),
+    ('step with kd_plugins', ['distilled']),
+)
+#: Defaults on the CPU and on CUDA.
+SIZES = dict(image_size=(320, 640), batch_size=(2, 16), repeats=(10, 40), steps=(1, 5))
 
 #: Pairs by name: student, teacher.
 PAIRS = {
@@ -293,7 +304,7 @@ def measure(setup: Setup, with_memory: bool = True) -> dict[str, Any]:
             memory=None,
         )
         if with_memory:
-            result['memory'] = {v: _in_new_process(setup, data, name, v) for v in VARIANTS}
+            result['memory'] = {v: in_new_process(peak_memory, setup, data, name, v) for v in VARIANTS}
     return result
 
 
@@ -339,15 +350,10 @@ def peak_memory(setup: Setup, data: str, folder: str, variant: str, steps: int =
     return None if peak is None or before is None else peak - before
 
 
-def _in_new_process(setup: Setup, data: str, folder: str, variant: str) -> int | None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(peak_memory, setup, data, folder, variant).result()
-
-
 # ---------------------------------------------------------------------- report
 def table(result: dict[str, Any]) -> str:
     """What :func:`measure` returned, for people."""
-    setup, seconds = result['setup'], result['seconds']
+    setup = result['setup']
     weights = '' if setup['teacher'].endswith('.pt') else ' (random weights)'
     steps = f' of {setup["steps"]} steps' if setup['steps'] > 1 else ''
     side = setup['image_size']
@@ -356,35 +362,12 @@ def table(result: dict[str, Any]) -> str:
         f'{setup["batch_size"]}x3x{side}x{side}, {"AMP" if setup["amp"] else "float32"}, {setup["device"]}, '
         f'{setup["threads"]} thread(s), {setup["repeats"]} interleaved repeats{steps}',
         '',
-        f'{"":32}{"median":>10}{"quartiles":>22}{"peak memory":>14}{"operators":>11}{"host waits":>12}',
+        *figures(result, ROWS),
+        '',
+        f'kd_plugins / (plain + teacher)  {verdict(result["ratio"])}',
+        f'kd_plugins / distill_model=     {verdict(result["native_ratio"])}',
+        f'start-up  +{result["startup"]:.1f} s (teacher loaded, fused and tried, summary)',
     ]
-    rows = (
-        ('plain student step', 'plain'),
-        ('bare teacher forward', 'teacher'),
-        ('both (lower bound)', None),
-        ('step with distill_model=', 'native'),
-        ('step with kd_plugins', 'distilled'),
-    )
-    for label, name in rows:
-        spread = result['bound'] if name is None else seconds[name]
-        parts = ('plain', 'teacher') if name is None else (name,)
-        used = None if name is None else (result['memory'] or {}).get(name)
-        shown = '' if name is None else '-' if used is None else f'{used / 2**20:.0f} MiB'
-        operators, waits = (sum(result[k][n] for n in parts) for k in ('operators', 'waiting'))
-        quartiles = f'{milliseconds(spread["low"])} - {milliseconds(spread["high"])}'
-        lines.append(
-            f'{label:32}{milliseconds(spread["median"]):>10}{quartiles:>22}{shown:>14}{operators:>11}{waits:>12}'
-        )
-    lines.append('')
-    for label, key in (('(plain + teacher)', 'ratio'), ('distill_model=', 'native_ratio')):
-        ratio = result[key]
-        lines.append(
-            f'kd_plugins / {label:18} {ratio["value"]:.3f}  (95 % interval {ratio["low"]:.3f} - {ratio["high"]:.3f}), '
-            f'aim <= {ratio["aim"]:.2f}: {ratio["verdict"]}'
-        )
-    lines.append(
-        f'start-up                        +{result["startup"]:.1f} s (teacher loaded, fused and tried, summary)'
-    )
     return '\n'.join(lines)
 
 
@@ -413,32 +396,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     own = parser.add_argument_group('a pair of your own')
     own.add_argument('--student', metavar='MODEL', help='.yaml or .pt of a detector')
     own.add_argument('--teacher', metavar='MODEL', help='.pt, or .yaml for random weights')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--image-size', type=int, metavar='S', help='(default: 320 on the CPU, 640 on CUDA)')
-    parser.add_argument('--batch-size', type=int, help='(default: 2 on the CPU, 16 on CUDA)')
-    parser.add_argument('--repeats', type=int, help='(default: 10 on the CPU, 40 on CUDA)')
-    parser.add_argument('--steps', type=int, help='steps per measurement (default: 1 on the CPU, 5 on CUDA)')
-    parser.add_argument('--threads', type=int, default=1, help='threads of torch on the CPU')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (CUDA)')
-    parser.add_argument('--no-memory', action='store_true', help='skip peak memory (one fresh process per variant)')
-    parser.add_argument('--json', metavar='FILE', help='also write all figures')
+    add_options(parser, SIZES)
     args = parser.parse_args(argv)
     check_version()
     import ultralytics
 
-    on_gpu = args.device == 'cuda'
-    defaults = dict(
-        image_size=640 if on_gpu else 320,
-        batch_size=16 if on_gpu else 2,
-        repeats=40 if on_gpu else 10,
-        steps=5 if on_gpu else 1,
-    )
-    sizes = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in defaults.items()}
+    device = '0' if args.device == 'cuda' else 'cpu'
+    sizes = chosen_sizes(args, SIZES)
     info = machine(ultralytics=ultralytics.__version__)
     print(', '.join(f'{k} {v}' for k, v in info.items() if v is not None), flush=True)
     results = []
     for student, teacher in _pairs(args):
-        setup = Setup(student, teacher, device='0' if on_gpu else 'cpu', threads=args.threads, amp=args.amp, **sizes)
+        setup = Setup(student, teacher, device=device, threads=args.threads, amp=args.amp, **sizes)
         results.append(measure(setup, not args.no_memory))
         print('\n' + table(results[-1]), flush=True)
     if args.json:

@@ -42,7 +42,7 @@ def evaluate(weights: str, data: str, out: Path, *, imgsz: int, scenes: int = 0)
         names=[model.names[i] for i in sorted(model.names)],
         images=[],
     )
-    for file in choose_files(check_det_dataset(data)['val'], scenes):
+    for file in choose_files(image_files(check_det_dataset(data)['val']), scenes):
         found = model.predict(file, imgsz=imgsz, conf=SCORE, verbose=False)[0]
         labels = Path(img2label_paths([file])[0])
         boxes = found.boxes
@@ -69,12 +69,12 @@ def read_labels(path: Path, height: int, width: int) -> list[list[float]]:
     return boxes
 
 
-def choose_files(val: Any, count: int) -> list[str]:
-    """Image files at even distances through a validation set, chosen before anything is detected."""
+def image_files(split: Any) -> list[str]:
+    """The image files of a split: of a folder, of a list in a text file, or of several of these."""
     from ultralytics.data.utils import IMG_FORMATS
 
     files: list[str] = []
-    for part in val if isinstance(val, (list, tuple)) else [val]:
+    for part in split if isinstance(split, (list, tuple)) else [split]:
         path = Path(part)
         if path.is_dir():
             files += (str(f) for f in path.rglob('*.*') if f.suffix[1:].lower() in IMG_FORMATS)
@@ -82,7 +82,11 @@ def choose_files(val: Any, count: int) -> list[str]:
             root = path.parent
             lines = (line.strip() for line in path.read_text().splitlines())
             files += (str(root / line) if line.startswith('./') else line for line in lines if line)
-    files.sort()
+    return sorted(files)
+
+
+def choose_files(files: Sequence[str], count: int) -> list[str]:
+    """Some at even distances, chosen before anything is detected."""
     count = min(count, len(files))
     return [files[round((k + 0.5) * len(files) / count - 0.5)] for k in range(count)]
 

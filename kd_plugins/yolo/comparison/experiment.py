@@ -20,8 +20,10 @@ from kd_plugins.comparison.phases import Phase
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.yolo.callback import check_version, quiet
 from kd_plugins.yolo.cli import overrides_of
+from kd_plugins.yolo.comparison.evaluate import image_files
 from kd_plugins.yolo.comparison.logs import MAP, TrainerProgress, read_history
 from kd_plugins.yolo.recipe import read_recipe
+from kd_plugins.yolo.teacher import find_teacher
 
 RECIPES = Path(__file__).parents[3] / 'configs' / 'yolo'
 NATIVE, DEFAULT = 'native', 'default'
@@ -39,7 +41,7 @@ class Comparison(Experiment):
     """What is compared.
 
     Attributes:
-        teacher: A trained ``.pt``, or a ``.yaml`` that is trained first.
+        teacher: A trained ``.pt`` (or the name of an official one), or a ``.yaml`` that is trained first.
         student: What the students start from, a ``.yaml`` or ``.pt``.
         data: Data set YAML.
         recipes: Distilled students: ``'native'`` (Ultralytics' ``distill_model=``), ``'default'`` (kd_plugins with its
@@ -80,11 +82,10 @@ class Comparison(Experiment):
         self.words = dict(map(self._arm, self.recipes))
         if not self.recipes or len(self.words) < len(self.recipes):
             raise DistillError('--kd needs at least one recipe, and every one of another name.')
-        if not Path(self.data).is_file():
-            raise DistillError(f'--data {self.data!r} does not exist; it is the YAML of a data set.')
-        self.data = os.path.abspath(self.data)
-        if self.teacher.endswith('.pt') and not Path(self.teacher).is_file():
-            raise DistillError(f'--teacher {self.teacher!r} does not exist.')
+        self.data = _find_data(self.data)
+        self._data: dict[str, Any] | None = None
+        if not self.trains_teacher:
+            self.teacher = find_teacher(self.teacher)
         for where, options in (('--options', self.student_options), ('--teacher-options', self.teacher_options)):
             for word in options:
                 key = word.partition('=')[0]
@@ -233,13 +234,31 @@ class Comparison(Experiment):
         }
 
     def _data_hashes(self) -> dict[str, Any]:
-        """The YAML and the size of what it names, so that another data set at the same place is noticed."""
-        root = Path(self.data).parent
-        labels = sorted(root.rglob('labels/**/*.txt'))
-        digest = hashlib.sha256()
-        for path in labels:
-            digest.update(path.read_bytes())
-        return dict(yaml=Path(self.data).read_text(), labels=len(labels), digest=digest.hexdigest())
+        """The YAML, and names and sizes of the labels, so that another data set at the same place is noticed."""
+        if self._data is None:
+            from ultralytics.data.utils import check_det_dataset, img2label_paths
+
+            try:
+                found = check_det_dataset(self.data)
+            except Exception as error:
+                first = ' '.join(str(error).split())
+                raise DistillError(f'--data {self.data!r} cannot be used: {first}') from error
+            digest = hashlib.sha256()
+            for label in img2label_paths([f for split in ('train', 'val') for f in image_files(found[split])]):
+                path = Path(label)
+                digest.update(f'{path.name} {path.stat().st_size if path.is_file() else None};'.encode())
+            self._data = dict(yaml=Path(self.data).read_text(), labels=digest.hexdigest())
+        return self._data
+
+
+def _find_data(data: str) -> str:
+    """The absolute path of a data set's YAML, one of Ultralytics' own included."""
+    from ultralytics.utils.checks import check_yaml
+
+    try:
+        return os.path.abspath(check_yaml(data))
+    except (FileNotFoundError, AssertionError) as error:
+        raise DistillError(f'--data {data!r} does not exist; it is the YAML of a data set.') from error
 
 
 def last_checkpoint(folder: Path) -> Path:

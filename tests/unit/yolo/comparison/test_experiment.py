@@ -8,12 +8,16 @@ pytest.importorskip('ultralytics')
 from kd_plugins.errors import DistillError
 from kd_plugins.yolo.comparison import Comparison
 from kd_plugins.yolo.comparison.demo import write_student
-from kd_plugins.yolo.comparison.evaluate import choose_files, read_labels
+from kd_plugins.yolo.comparison.evaluate import choose_files, image_files, read_labels
 
 
 @pytest.fixture
 def wanted(tmp_path):
-    (tmp_path / 'data.yaml').write_text('train: a\nval: a\nnames: [x]\n')
+    for kind in ('images', 'labels'):
+        (tmp_path / kind).mkdir()
+    Image.new('RGB', (32, 32)).save(tmp_path / 'images' / '0.png')
+    (tmp_path / 'labels' / '0.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'data.yaml').write_text(f'path: {tmp_path}\ntrain: images\nval: images\nnames: [x]\n')
     return dict(
         teacher='yolo11n.yaml',
         student='yolo11n.yaml',
@@ -26,7 +30,7 @@ def wanted(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        (dict(teacher='none.pt'), "--teacher 'none.pt' does not exist"),
+        (dict(teacher='none.pt'), "teacher 'none.pt' does not exist"),
         (dict(student='yolo11q.yaml'), '--student'),
         (dict(student='yolo11n-seg.yaml'), 'is a segment model'),
         (dict(data='none.yaml'), "--data 'none.yaml' does not exist"),
@@ -68,6 +72,17 @@ def test_commands(wanted, tmp_path):
     assert again.train_student('native', 0).fingerprint != prints['native']
 
 
+def test_other_labels_make_another_run(wanted, tmp_path):
+    before = Comparison(**wanted).train_student('plain', 0).fingerprint
+    assert Comparison(**wanted).train_student('plain', 0).fingerprint == before
+    (tmp_path / 'labels' / '0.txt').write_text('')
+    assert Comparison(**wanted).train_student('plain', 0).fingerprint != before
+    (tmp_path / 'images' / '0.png').unlink()
+    (tmp_path / 'images').rmdir()
+    with pytest.raises(DistillError, match=r'--data .* cannot be used'):
+        Comparison(**wanted).train_student('plain', 0)
+
+
 def test_a_given_teacher_is_evaluated_as_it_teaches(wanted, tmp_path):
     (tmp_path / 'x.pt').write_bytes(b'1')
     for options, size in (([], '96'), (['imgsz=128'], '128')):
@@ -83,9 +98,11 @@ def test_labels_and_files(tmp_path):
     assert read_labels(tmp_path / 'none.txt', 100, 200) == []
     for i in range(10):
         Image.new('RGB', (8, 8)).save(tmp_path / f'{i}.png')
-    assert [p[-5:] for p in choose_files(str(tmp_path), 2)] == ['2.png', '7.png']
+    files = image_files(str(tmp_path))
+    assert [p[-5:] for p in choose_files(files, 2)] == ['2.png', '7.png'] and choose_files(files, 20) == files
+    assert choose_files([], 3) == []
     (tmp_path / 'val.txt').write_text('./1.png\n./0.png\n')
-    assert choose_files(str(tmp_path / 'val.txt'), 5) == [str(tmp_path / '0.png'), str(tmp_path / '1.png')]
+    assert image_files([str(tmp_path / 'val.txt')]) == [str(tmp_path / '0.png'), str(tmp_path / '1.png')]
 
 
 def test_narrow_student_is_smaller_than_n(tmp_path):
