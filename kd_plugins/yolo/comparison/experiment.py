@@ -224,8 +224,8 @@ class Comparison(Experiment):
         import ultralytics
 
         return {
-            'teacher': self.teacher + (', trained here' if self.trains_teacher else ''),
-            'student': self.student,
+            'teacher': _short(self.teacher) + (', trained here' if self.trains_teacher else ''),
+            'student': _short(self.student),
             'data': os.path.relpath(self.data),
             'arms': ', '.join(self.words),
             'options': ' '.join(self.student_options),
@@ -297,6 +297,11 @@ def _detections(measured: dict[str, dict[str, Any]]) -> Detections | None:
         },
         classes=first['names'],
     )
+
+
+def _short(spec: str) -> str:
+    """A path as one would type it here; other names as they are."""
+    return os.path.relpath(spec) if os.path.isabs(spec) else spec
 
 
 def _content(spec: str) -> str:
