@@ -10,7 +10,8 @@ PY := "$(VENV)/bin/python"
 
 LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check .
 UNIT = $(PY) -m pytest tests/unit $(PYTEST_ARGS)
-REAL = $(PY) -m pytest tests/integration $(PYTEST_ARGS)
+# Two files at once: most of these runs use one core. The tests of a file share what they trained.
+REAL = $(PY) -m pytest tests/integration -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: help install demo test test-unit test-real lint format clean
 
