@@ -56,16 +56,7 @@ class RunnerProgress(Progress):
     """Where a Runner is, from its text log."""
 
     def update(self, line: str, mode: str, max_epochs: int | None) -> bool:
-        """Read one line of the log.
-
-        Args:
-            line: The line.
-            mode: ``'train'`` or ``'test'``: what the fraction is of.
-            max_epochs: Length of the run in epochs; None for a loop over iterations.
-
-        Returns:
-            Whether it said something new.
-        """
+        """See `Progress.update`."""
         found = _EPOCH.search(line)
         if found:
             kind, epoch, step, steps = found.groups()
