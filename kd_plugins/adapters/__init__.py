@@ -1,19 +1,44 @@
 """How a student's features are brought to the teacher's shape. Needs torch only.
 
 An adapter is an ``nn.Module`` with ``forward(student, teacher) -> adapted student``: it is given the teacher's
-features so that it can follow their grid, which changes from batch to batch in multi-scale training. Those with
-parameters (`ConvAdapter`) are trained with the student and need the model form; `ResizeAdapter` has none. Adapters are
-thrown away after training. A term's ``adapter='auto'`` is `auto_adapter` on the shapes of a dry run::
+features so that it can follow their grid, which changes from batch to batch in multi-scale training. One that also has
+to know how large the images were says so with a class attribute ``needs_image_size = True`` and is called
+``forward(student, teacher, image_size=(H, W))``. Adapters with parameters (`ConvAdapter`, `LinearAdapter`) are trained
+with the student and need the model form; the others have none. Adapters are thrown away after training. A term's
+``adapter='auto'`` is `auto_adapter` on the shapes of a dry run::
 
     from kd_plugins.adapters import auto_adapter, describe_adapter
 
     adapter = auto_adapter(student.shape, teacher.shape)       # None when the shapes are equal
     print(describe_adapter(adapter, student.shape, teacher.shape))
     adapted = student if adapter is None else adapter(student, teacher)
+
+Transformers return ``(B, N, C)`` tokens, or maps with the channels last. `as_map` brings either to ``(B, C, H, W)``
+before that, from the size of the images::
+
+    from kd_plugins.adapters import as_map
+
+    student, teacher = as_map(student, (256, 512)), as_map(teacher, (256, 512))
 """
 
-from kd_plugins.adapters.auto import auto_adapter, describe_adapter
+from kd_plugins.adapters.auto import auto_adapter
+from kd_plugins.adapters.chain import AdapterChain
 from kd_plugins.adapters.conv import ConvAdapter
+from kd_plugins.adapters.describe import describe_adapter
+from kd_plugins.adapters.linear import LinearAdapter
 from kd_plugins.adapters.resize import ResizeAdapter
+from kd_plugins.adapters.tokens import MapToTokens, TokensToMap, as_map, as_tokens, find_grid
 
-__all__ = ['ConvAdapter', 'ResizeAdapter', 'auto_adapter', 'describe_adapter']
+__all__ = [
+    'AdapterChain',
+    'ConvAdapter',
+    'LinearAdapter',
+    'MapToTokens',
+    'ResizeAdapter',
+    'TokensToMap',
+    'as_map',
+    'as_tokens',
+    'auto_adapter',
+    'describe_adapter',
+    'find_grid',
+]

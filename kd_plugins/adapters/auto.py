@@ -4,77 +4,95 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from kd_plugins.adapters._common import count
+from kd_plugins.adapters._common import check_integers, check_switches
+from kd_plugins.adapters.chain import AdapterChain
 from kd_plugins.adapters.conv import ConvAdapter
+from kd_plugins.adapters.linear import LinearAdapter
 from kd_plugins.adapters.resize import ResizeAdapter
 from kd_plugins.errors import DistillError
 
-
-class AdapterChain(nn.Sequential):
-    """Adapters one after the other; each sees the teacher's features too."""
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        for adapter in self:
-            student = adapter(student, teacher)
-        return student
-
-    def describe(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> str:
-        """In words, e.g. ``'conv 1x1 96->256 (24.8k params), resize 10x10->20x20'``."""
-        return ', '.join(describe_adapter(adapter, student_shape, teacher_shape) for adapter in self)
+_KINDS = {2: '(B, C) vector', 3: '(B, N, C) token sequence', 4: '(B, C, H, W) map'}
 
 
-def auto_adapter(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module | None:
+def auto_adapter(
+    student_shape: Sequence[int],
+    teacher_shape: Sequence[int],
+    *,
+    norm: bool = False,
+    channels: bool = True,
+    prefix_tokens: int | None = None,
+) -> nn.Module | None:
     """Build the adapter that brings the student's features to the teacher's shape.
 
     Args:
-        student_shape: ``(B, C, H, W)`` of the student's features.
-        teacher_shape: ``(B, C', H', W')`` of the teacher's.
+        student_shape: ``(B, C, H, W)`` of the student's map, ``(B, N, C)`` of its tokens, ``(B, C)`` of its vectors.
+        teacher_shape: The same of the teacher: ``(B, C', H', W')``, ``(B, N, C')``, ``(B, C')``.
+        norm: A `ConvAdapter` gets a BatchNorm2d. Default: False.
+        channels: Bring the channels together; False leaves them, for losses that compare no channels. Default: True.
+        prefix_tokens: For `as_map`, which a caller with the image size applies first where one side is no map or the
+            token counts differ; accepted so that one ``dict(type='auto', ...)`` serves both. Default: None.
 
     Returns:
-        None when nothing differs, a `ConvAdapter` when the channels do, a `ResizeAdapter` when the grids do, and a
-        chain of both, in this order, when both do. The caller puts it on a device.
+        None when nothing differs; for maps a `ConvAdapter` when the channels do, a `ResizeAdapter` when the grids
+        do, and a chain when both do; for tokens and vectors a `LinearAdapter`. The caller puts it on a device.
+
+        A chain convolves on the smaller grid. Without a norm the order does not change the result, as the 1x1
+        convolution acts on channels and resampling takes weighted means of positions. With one it does in training:
+        the statistics are those of the map that the convolution sees.
 
     Raises:
-        DistillError: One of two different shapes is not a feature map, or the batch sizes differ.
+        DistillError: Shapes of different kinds, batch sizes or token counts, or an option that has no effect here.
     """
     student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
+    check_switches('auto adapter', norm=norm, channels=channels)
+    if prefix_tokens is not None:
+        check_integers('auto adapter', 0, prefix_tokens=prefix_tokens)
+    if norm and not channels:
+        raise DistillError(
+            'auto adapter: norm=True goes with the convolution that channels=False leaves out; remove one of them.'
+        )
     if student_shape == teacher_shape:
         return None
-    for role, shape in (('student', student_shape), ('teacher', teacher_shape)):
-        if len(shape) != 4:
-            raise DistillError(
-                f'No automatic adapter between student {student_shape} and teacher {teacher_shape}: the {role} is not '
-                'a (B, C, H, W) map; tap modules with maps or equal shapes, or name an adapter of your own.'
-            )
+    between = f'between student {student_shape} and teacher {teacher_shape}'
+    if len(student_shape) != len(teacher_shape) or len(student_shape) not in _KINDS:
+        raise DistillError(
+            f'No automatic adapter {between}: the student is a {_kind(student_shape)}, the teacher a '
+            f'{_kind(teacher_shape)}; tap modules of one kind, or name an adapter of your own.'
+        )
     if student_shape[0] != teacher_shape[0]:
         raise DistillError(
             f'Student {student_shape} and teacher {teacher_shape} differ in the batch size; tap modules that see '
             'whole images, not regions.'
         )
-    parts = []
-    if student_shape[1] != teacher_shape[1]:
-        parts.append(ConvAdapter(student_shape[1], teacher_shape[1]))
-    if student_shape[2:] != teacher_shape[2:]:
-        parts.append(ResizeAdapter())
+    if len(student_shape) == 4:
+        return _between_maps(student_shape, teacher_shape, norm, channels)
+    if student_shape[1:-1] != teacher_shape[1:-1]:
+        raise DistillError(
+            f'No automatic adapter {between}: the token counts differ; bring both to maps with as_map first, or tap '
+            'modules with equal counts.'
+        )
+    if not channels:
+        return None
+    if norm:
+        raise DistillError(
+            f'auto adapter: norm=True is for maps, not for a {_kind(student_shape)} {student_shape}; remove it.'
+        )
+    return LinearAdapter(student_shape[-1], teacher_shape[-1])
+
+
+def _between_maps(student: tuple[int, ...], teacher: tuple[int, ...], norm: bool, channels: bool) -> nn.Module | None:
+    parts: list[nn.Module] = []
+    if channels and student[1] != teacher[1]:
+        parts.append(ConvAdapter(student[1], teacher[1], norm))
+    if student[2:] != teacher[2:]:
+        shrinks = student[2] * student[3] > teacher[2] * teacher[3]
+        parts.insert(0 if shrinks else len(parts), ResizeAdapter())
+    if not parts:
+        return None
     return parts[0] if len(parts) == 1 else AdapterChain(*parts)
 
 
-def describe_adapter(adapter: nn.Module | None, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> str:
-    """An adapter in words, for the summary table.
-
-    Args:
-        adapter: None, one of ours, or any module; a module may have
-            ``describe(student_shape, teacher_shape) -> str``.
-        student_shape: Shape of the features that go in.
-        teacher_shape: Shape of the teacher's features.
-
-    Returns:
-        E.g. ``'none'``, ``'conv 1x1 96->256 (24.8k params)'``, ``'MyAdapter (1.2M params)'``.
-    """
-    if adapter is None:
-        return 'none'
-    if hasattr(adapter, 'describe'):
-        return adapter.describe(student_shape, teacher_shape)
-    return f'{type(adapter).__name__} ({count(adapter)} params)'
+def _kind(shape: tuple[int, ...]) -> str:
+    return _KINDS.get(len(shape), f'{len(shape)}-d tensor')
