@@ -2,10 +2,10 @@
 
 from kd_plugins.distiller.checkpoints import find_weights, load_checkpoint
 from kd_plugins.distiller.engine import AdapterBank, Distiller, Position
-from kd_plugins.distiller.pixels import ULTRALYTICS, PixelFormat, Renormalize
+from kd_plugins.distiller.pixels import ULTRALYTICS, PixelFormat, Renormalize, Resized
 from kd_plugins.distiller.sources import build_source, find_source, register_teacher, teacher_kind
 from kd_plugins.distiller.summary import summary
-from kd_plugins.distiller.taps import Capture, Tap, find_module
+from kd_plugins.distiller.taps import Capture, Tap, find_module, map_tensors
 from kd_plugins.distiller.teacher import Teacher, load_strictly, untouched_rng
 from kd_plugins.distiller.terms import Term, build_terms
 
@@ -17,6 +17,7 @@ __all__ = [
     'PixelFormat',
     'Position',
     'Renormalize',
+    'Resized',
     'Tap',
     'Teacher',
     'Term',
@@ -27,6 +28,7 @@ __all__ = [
     'find_weights',
     'load_checkpoint',
     'load_strictly',
+    'map_tensors',
     'register_teacher',
     'summary',
     'teacher_kind',

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.adapters import auto_adapter, describe_adapter
-from kd_plugins.distiller.summary import Row
+from kd_plugins.adapters import as_map, auto_adapter, describe_adapter
+from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Call, Capture, find_module
 from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import DensePredictions, align, find_reader, read
+from kd_plugins.predictions import (
+    DensePredictions,
+    PixelPredictions,
+    align,
+    align_pixels,
+    common_grid,
+    find_reader,
+    map_labels,
+    read,
+    readable,
+)
 
 Classes = tuple[Sequence[int], Sequence[int]] | None
+Predictions = DensePredictions | PixelPredictions
+#: ``targets(inputs, samples)``: the labels of a batch, or None when there are none.
+Targets = Callable[[Any, Any], Tensor | None]
+FORMS: dict[str, type[DensePredictions] | type[PixelPredictions]] = {
+    'predictions': DensePredictions,
+    'segmentation': PixelPredictions,
+}
 
 
 class AdapterBank(nn.Module):
@@ -101,10 +119,17 @@ class Position:
 
 @dataclass
 class _Shared:
-    """Predictions read once per iteration and used by several terms."""
+    """What is read once per iteration and used by several terms.
 
-    read: dict[tuple[str, str], DensePredictions] = field(default_factory=dict)
-    aligned: dict[tuple[str, str], tuple[DensePredictions, DensePredictions]] = field(default_factory=dict)
+    Attributes:
+        target: Labels of the batch, or None.
+        read: Predictions by side and module.
+        aligned: Pairs of predictions by their modules.
+    """
+
+    target: Tensor | None = None
+    read: dict[tuple[str, str], Predictions] = field(default_factory=dict)
+    aligned: dict[tuple[str, str], tuple[Predictions, Predictions]] = field(default_factory=dict)
 
 
 class Distiller:
@@ -117,6 +142,9 @@ class Distiller:
         classes: ``(student_index, teacher_index)`` of the classes both know, or None when the sets are equal.
         start: First epoch (iteration in an iteration-based run) with KD.
         stop: First epoch (iteration) without it again, or None.
+        alpha: Balance of the run: ``alpha`` times the KD losses and ``1 - alpha`` times the student's own, while KD is
+            on. None: both as they are.
+        targets: Gives the labels of a batch to losses that need them.
         resolve: Looks up adapter names that are not ours.
 
     Attributes:
@@ -133,11 +161,14 @@ class Distiller:
         classes: Classes = None,
         start: int = 0,
         stop: int | None = None,
+        alpha: float | None = None,
+        targets: Targets | None = None,
         resolve: Resolver | None = None,
         bank: AdapterBank | None = None,
     ) -> None:
         self.student, self.teacher, self.terms, self.classes = student, teacher, terms, classes
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.alpha = start, stop, alpha
+        self._targets = targets
         self.bank = bank if bank is not None else AdapterBank()
         self._resolve = resolve
         self._free: dict[str, nn.ModuleList] = {}
@@ -160,7 +191,7 @@ class Distiller:
     def active(self) -> bool:
         """Whether KD is on at the current position: between ``start`` and ``stop``, with a weight above 0."""
         now = self.position.unit
-        if now < self.start or (self.stop is not None and now >= self.stop):
+        if now < self.start or (self.stop is not None and now >= self.stop) or self.alpha == 0:
             return False
         return any(self.weight(t) > 0 for t in self.terms.values())
 
@@ -195,7 +226,7 @@ class Distiller:
             DistillError: A tap does not run or shapes do not fit.
         """
         for term in self.terms.values():
-            if term.consumes == 'predictions':
+            if term.consumes in FORMS:
                 # Before anything runs: some of these models cannot even be run without annotations.
                 for side, model, tap in (
                     ('student', self.student, term.student),
@@ -203,7 +234,7 @@ class Distiller:
                 ):
                     module = find_module(model, tap.module, side)
                     try:
-                        find_reader(module)
+                        find_reader(module, FORMS[term.consumes])
                     except DistillError as error:
                         raise DistillError(f'term {term.name!r}: {side} {tap.module!r}: {error}') from error
         modes = [(m, m.training) for m in self.student.modules()]
@@ -211,37 +242,42 @@ class Distiller:
         try:
             self.student.eval()
             for module in capture.modules.values():
-                if _readable(module):
-                    # Only the head's own flag: it returns its training form while BN statistics stay.
+                if readable(module):
+                    # Only the head's own flag: it returns its training form while BN statistics stay. Heads of
+                    # segmentors stay in evaluation: their training form needs a backbone in training as well.
                     module.training = True
             with torch.no_grad(), capture:
+                capture.image_size = tuple(inputs.shape[-2:])
                 run_student(self.student, inputs, samples, tuple(capture.modules))
         finally:
             for module, training in modes:
                 module.training = training
+        shared = _Shared(target=self._labels(inputs, samples))
         with torch.no_grad():
             taught = self._run_teacher(inputs, samples, list(self.terms.values()))
-            rows = [self._check_term(term, capture, taught, build_adapters) for term in self.terms.values()]
+            rows = [self._check_term(term, capture, taught, build_adapters, shared) for term in self.terms.values()]
             if check_values:
                 for term in self.terms.values():
-                    self._refuse_nan(term, capture, taught)
+                    self._refuse_nan(term, capture, taught, shared)
         return rows
 
-    def _check_term(self, term: Term, student: Capture, teacher: Capture, build: bool) -> Row:
+    def _check_term(self, term: Term, student: Capture, teacher: Capture, build: bool, shared: _Shared) -> Row:
         where = f'term {term.name!r}'
         try:
-            if self._reads_predictions(term, student, teacher):
+            form = self._form(term, student, teacher)
+            if form is not None and term.consumes != 'features':
                 if build and not self._has_parts(term):
                     self._keep(term, nn.ModuleList())
-                s, t = self._predictions(term, student, teacher, _Shared())
-                value = self._call_loss(term, s, t)
+                s, t = self._predictions(term, student, teacher, shared, form)
+                value = self._call_loss(term, s, t, shared)
                 shapes = _describe(s), _describe(t)
                 adapter = 'none'
             else:
-                pairs = self._pairs(term, student, teacher)
+                pairs = self._pairs(term, student, teacher, shared, form)
                 if build and not self._has_parts(term):
                     self._build_adapters(term, pairs)
-                value = self._tensor_loss(term, pairs)
+                with _evaluating(self._parts(term)):
+                    value = self._tensor_loss(term, pairs, student, shared)
                 shapes = _shapes([p[0] for p in pairs]), _shapes([p[1] for p in pairs])
                 adapter = self._describe_adapters(term, pairs)
         except DistillError as error:
@@ -256,15 +292,15 @@ class Distiller:
             teacher=str(term.teacher),
             teacher_shape=shapes[1],
             adapter=adapter,
-            parameters=sum(p.numel() for p in self._adapters(term).parameters()),
+            parameters=sum(p.numel() for p in self._parts(term).parameters()),
             weight=str(term.weight),
         )
 
-    def _refuse_nan(self, term: Term, student: Capture, teacher: Capture) -> None:
+    def _refuse_nan(self, term: Term, student: Capture, teacher: Capture, shared: _Shared) -> None:
         tensors = teacher.maps(term.teacher)
-        if self._reads_predictions(term, student, teacher):
+        if self._form(term, student, teacher) is DensePredictions:
             # Large raw outputs are finite, but the boxes decoded from them may not be.
-            _, decoded = self._predictions(term, student, teacher, _Shared())
+            _, decoded = self._predictions(term, student, teacher, shared, DensePredictions)
             tensors = [*tensors, *(t for t in (decoded.cls, decoded.obj, decoded.ltrb) if t is not None)]
         for tensor in tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -276,20 +312,26 @@ class Distiller:
     def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> None:
         built: list[nn.Module] = []
         for student, teacher in pairs:
-            if term.adapter == 'auto' and term.consumes == 'features':
-                adapter = auto_adapter(tuple(student.shape), tuple(teacher.shape))
-            elif term.adapter is None or term.adapter == 'auto':
+            if term.consumes != 'features' or term.adapter is None:
                 adapter = None
-            elif isinstance(term.adapter, Mapping):
-                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
+            elif term.automatic:
+                channels = not getattr(term.loss, 'any_channels', False)
+                options = {k: v for k, v in term.automatic.items() if k != 'prefix_tokens'}
+                adapter = auto_adapter(tuple(student.shape), tuple(teacher.shape), channels=channels, **options)
             else:
-                adapter = term.adapter
+                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
             built.append(_Identity() if adapter is None else adapter)
-        self._keep(term, nn.ModuleList(built))
+        losses = None
+        if hasattr(term.loss, 'for_channels'):
+            # A loss with parts of its own is built once per level, for what the adapter hands it.
+            losses = nn.ModuleList([term.loss.for_channels(teacher.shape[1]) for _, teacher in pairs])
+        self._keep(term, nn.ModuleList(built), losses)
 
-    def _keep(self, term: Term, adapters: nn.ModuleList) -> None:
+    def _keep(self, term: Term, adapters: nn.ModuleList, losses: nn.ModuleList | None = None) -> None:
         parts = nn.ModuleDict({'adapters': adapters})
-        if _trainable(term.loss):
+        if losses is not None:
+            parts['losses'] = losses
+        elif _trainable(term.loss):
             parts['loss'] = term.loss
         if _trainable(parts):
             self.bank.add_module(term.name, parts)
@@ -299,15 +341,24 @@ class Distiller:
     def _has_parts(self, term: Term) -> bool:
         return term.name in self._free or term.name in self.bank._modules
 
-    def _adapters(self, term: Term) -> nn.ModuleList:
+    def _parts(self, term: Term) -> nn.ModuleDict:
         parts = self.bank._modules.get(term.name) or self._free.get(term.name)
-        return parts['adapters'] if parts is not None else _NONE
+        return parts if parts is not None else _NONE
+
+    def _adapters(self, term: Term) -> nn.ModuleList:
+        return self._parts(term)['adapters']
 
     def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> str:
         words = [
             describe_adapter(None if isinstance(a, _Identity) else a, tuple(s.shape), tuple(t.shape))
             for a, (s, t) in zip(self._adapters(term), pairs, strict=True)
         ]
+        if 'losses' in self._parts(term):
+            own = [
+                f'{type(m).__name__} {count(sum(p.numel() for p in m.parameters()))}'
+                for m in self._parts(term)['losses']
+            ]
+            words = [f'{word}, {part}' if word != 'none' else part for word, part in zip(words, own, strict=True)]
         return '; '.join(dict.fromkeys(words)) or 'none'
 
     # ------------------------------------------------------------------ every iteration
@@ -329,8 +380,10 @@ class Distiller:
         live = [t for t in self.terms.values() if self.active and self.weight(t) > 0]
         result = {f'loss_kd_{name}': torch.zeros((), device=device) for name in self.terms}
         if live:
+            capture.image_size = tuple(inputs.shape[-2:]) if isinstance(inputs, Tensor) else None
             taught = self._run_teacher(inputs, samples, live)
-            shared = _Shared()
+            needed = any(getattr(t.loss, 'needs_target', False) for t in live)
+            shared = _Shared(target=self._labels(inputs, samples) if needed else None)
             for term in live:
                 if term.temperature is not None:
                     term.loss.temperature = term.temperature(self.position.progress)
@@ -338,7 +391,8 @@ class Distiller:
                     value = self._term_loss(term, capture, taught, shared)
                 except DistillError as error:
                     raise DistillError(f'term {term.name!r}: {error}') from error
-                result[f'loss_kd_{term.name}'] = value * self.weight(term)
+                balance = 1.0 if self.alpha is None else self.alpha
+                result[f'loss_kd_{term.name}'] = value * (self.weight(term) * balance)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # DDP waits for a gradient of every parameter: adapters that are out of use contribute zero. Without DDP
             # they get none, because more summands, even zeros, change the last bits of the norm that clip_grad takes.
@@ -352,15 +406,19 @@ class Distiller:
         self.teacher.to(_like(inputs, self.student))
         return self.teacher(inputs, samples, [t.teacher.module for t in terms])
 
+    def _labels(self, inputs: Any, samples: Any) -> Tensor | None:
+        return self._targets(inputs, samples) if self._targets is not None else None
+
     def _term_loss(self, term: Term, student: Capture, teacher: Capture, shared: _Shared) -> Tensor:
-        if self._reads_predictions(term, student, teacher):
-            s, t = self._predictions(term, student, teacher, shared)
-            source = s.cls
-            value = self._call_loss(term, s, t)
+        form = self._form(term, student, teacher)
+        if form is not None and term.consumes != 'features':
+            s, t = self._predictions(term, student, teacher, shared, form)
+            source = s.cls if isinstance(s, DensePredictions) else s.logits
+            value = self._call_loss(term, s, t, shared)
         else:
-            pairs = self._pairs(term, student, teacher)
+            pairs = self._pairs(term, student, teacher, shared, form)
             source = pairs[0][0]
-            value = self._tensor_loss(term, pairs)
+            value = self._tensor_loss(term, pairs, student, shared)
         if not source.requires_grad and torch.is_grad_enabled():
             raise DistillError(
                 f'the student tap {str(term.student)!r} carries no gradient, so distilling there trains nothing; '
@@ -369,50 +427,93 @@ class Distiller:
             )
         return value
 
-    def _reads_predictions(self, term: Term, student: Capture, teacher: Capture) -> bool:
-        if term.consumes == 'features':
-            return False
+    def _form(self, term: Term, student: Capture, teacher: Capture) -> type[Predictions] | None:
+        """The form that both sides of a term are read into; None: its tensors are compared as they are."""
         sides = (
             ('student', student.modules[term.student.module], term.student),
             ('teacher', teacher.modules[term.teacher.module], term.teacher),
         )
-        readable = [_readable(m) and tap.index is None for _, m, tap in sides]
-        if term.consumes == 'predictions':
-            for (_, module, tap), ok in zip(sides, readable, strict=True):
-                if not ok:
-                    find_reader(module)  # refuses with the heads that can be read
+        wanted = FORMS.get(term.consumes)
+        if wanted is not None:
+            for _, module, tap in sides:
+                find_reader(module, wanted)  # refuses with the heads that can be read
+                if tap.index is not None:
                     raise DistillError(
                         f'{type(term.loss).__name__} compares whole heads: write {tap.module!r}, not {tap}.'
                     )
-        return all(readable)
+            return wanted
+        if any(tap.index is not None for _, _, tap in sides):
+            return None
+        if term.consumes == 'features':
+            # Logits of a segmentor are maps like others, but their classes have names. Detection heads are many maps.
+            forms = (PixelPredictions,) if term.automatic else ()
+        else:
+            forms = (DensePredictions, PixelPredictions)
+        return next((f for f in forms if all(readable(module, f) for _, module, _ in sides)), None)
 
     def _predictions(
-        self, term: Term, student: Capture, teacher: Capture, shared: _Shared
-    ) -> tuple[DensePredictions, DensePredictions]:
+        self, term: Term, student: Capture, teacher: Capture, shared: _Shared, form: type[Predictions]
+    ) -> tuple[Predictions, Predictions]:
         key = (term.student.module, term.teacher.module)
         if key not in shared.aligned:
             sides = []
             for side, capture, path in (('student', student, key[0]), ('teacher', teacher, key[1])):
                 if (side, path) not in shared.read:
-                    call: Call = capture.call(path)
+                    # mmseg's cascades run a stage again to feed the next one.
+                    call: Call = capture.call(path, repeated=form is PixelPredictions)
                     device = next(t.device for t in capture.maps(term.student if side == 'student' else term.teacher))
                     with torch.autocast(device.type, enabled=False):
-                        found = read(capture.modules[path], call.output, training=call.training).float()
-                    shared.read[side, path] = found
+                        found = read(capture.modules[path], call.output, training=call.training, form=form)
+                        # Dense maps stay in half precision: the loss converts them, piece by piece where it can.
+                        shared.read[side, path] = found.float() if isinstance(found, DensePredictions) else found
                 sides.append(shared.read[side, path])
-            shared.aligned[key] = align(sides[0], sides[1].detach(), self.classes)
+            pair = align if form is DensePredictions else align_pixels
+            shared.aligned[key] = pair(sides[0], sides[1].detach(), self.classes)
         return shared.aligned[key]
 
-    def _call_loss(self, term: Term, student: DensePredictions, teacher: DensePredictions) -> Tensor:
-        with torch.autocast(student.cls.device.type, enabled=False):
+    def _call_loss(self, term: Term, student: Predictions, teacher: Predictions, shared: _Shared) -> Tensor:
+        loss = term.loss
+        device = student.cls.device if isinstance(student, DensePredictions) else student.logits.device
+        with torch.autocast(device.type, enabled=False):
+            if isinstance(student, PixelPredictions):
+                return self._call_on_pixels(loss, student, teacher, shared)
             if term.consumes == 'predictions':
-                return term.loss(student, teacher)
+                return loss(student, teacher)
             # A loss on logits may know what to make of a whole head (its objectness, for one).
-            if hasattr(term.loss, 'from_predictions'):
-                return term.loss.from_predictions(student, teacher)
-            return term.loss(student.class_logits(), teacher.class_logits())
+            if hasattr(loss, 'from_predictions'):
+                return loss.from_predictions(student, teacher)
+            return loss(student.class_logits(), teacher.class_logits())
 
-    def _pairs(self, term: Term, student: Capture, teacher: Capture) -> list[tuple[Tensor, Tensor]]:
+    def _call_on_pixels(
+        self, loss: nn.Module, student: PixelPredictions, teacher: PixelPredictions, shared: _Shared
+    ) -> Tensor:
+        name = type(loss).__name__
+        if getattr(loss, 'consumes', None) != 'segmentation':
+            if getattr(loss, 'needs_target', False):
+                raise DistillError(f'{name} does not know which pixels to ignore; use PixelwiseKLDivLoss.')
+            student, teacher = common_grid(student, teacher)
+            return loss(_full(student.class_logits()), _full(teacher.class_logits()))
+        many = student.activation == 'sigmoid' and not student.binary
+        if hasattr(loss, 'sigmoid') and loss.sigmoid != many and not student.binary:
+            kind = 'a sigmoid each' if many else 'a softmax together'
+            raise DistillError(
+                f'{name} has sigmoid={loss.sigmoid}, but the classes of these heads are {kind}; write '
+                f"loss=dict(type='{name}', sigmoid={many})."
+            )
+        if not getattr(loss, 'needs_target', False):
+            return loss(student.logits, teacher.logits)
+        target = shared.target
+        if target is not None:
+            ours = None if self.classes is None else self.classes[0]
+            target = map_labels(target, ours, (student.ignore_index,), getattr(loss, 'ignore_index', 255))
+        return loss(student.logits, teacher.logits, target)
+
+    def _pairs(
+        self, term: Term, student: Capture, teacher: Capture, shared: _Shared, form: type[Predictions] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if form is PixelPredictions:
+            ours, theirs = common_grid(*self._predictions(term, student, teacher, shared, form))
+            return [(ours.logits, theirs.logits)]
         ours, theirs = student.maps(term.student), teacher.maps(term.teacher)
         if len(ours) != len(theirs):
             raise DistillError(
@@ -420,23 +521,67 @@ class Distiller:
                 f'{str(term.teacher)!r} has {len(theirs)} {_shapes(theirs)}; pick levels, e.g. '
                 f'student={term.student.module + "[0]"!r}, teacher={term.teacher.module + "[0]"!r}.'
             )
-        return [(s, t.detach()) for s, t in zip(ours, theirs, strict=True)]
+        pairs = [(s, t.detach()) for s, t in zip(ours, theirs, strict=True)]
+        if term.consumes == 'features' and term.automatic:
+            pairs = [self._maps(term, s, t, student, teacher) for s, t in pairs]
+        if term.consumes == 'logits' and pairs[0][0].dim() > 3:
+            raise DistillError(
+                f'{type(term.loss).__name__} compares (..., C) logits, but {str(term.student)!r} is the map '
+                f'{_shapes([pairs[0][0]])}, whose last side is not the classes; tap the whole head, or use '
+                'ChannelWiseDivLoss.'
+            )
+        return pairs
 
-    def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        adapters = self._adapters(term)
+    @staticmethod
+    def _maps(term: Term, ours: Tensor, theirs: Tensor, student: Capture, teacher: Capture) -> tuple[Tensor, Tensor]:
+        """Both as (B, C, H, W) maps where one is a map or the sequences differ; otherwise as they are."""
+        if ours.dim() == theirs.dim() == 2:
+            return ours, theirs
+        prefix = term.automatic.get('prefix_tokens')
+        prefixes = prefix if isinstance(prefix, (tuple, list)) else (prefix, prefix)
+        found = []
+        for side, tensor, capture, tokens in zip(
+            ('student', 'teacher'), (ours, theirs), (student, teacher), prefixes, strict=True
+        ):
+            if tensor.dim() == 4 and capture.image_size is None:
+                found.append(tensor)
+                continue
+            try:
+                found.append(as_map(tensor, capture.image_size, tokens))
+            except DistillError as error:
+                if ours.dim() == theirs.dim() == 3 and ours.shape[1] == theirs.shape[1]:
+                    # Queries and the like: a sequence without a grid, paired in order.
+                    return ours, theirs
+                tap = term.student if side == 'student' else term.teacher
+                raise DistillError(f'{side} {str(tap)!r}: {error}') from error
+        return found[0], found[1]
+
+    def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], capture: Capture, shared: _Shared) -> Tensor:
+        parts = self._parts(term)
+        adapters = parts['adapters']
         values = []
         for level, (student, teacher) in enumerate(pairs):
             if len(adapters):
-                student = adapters[level](student, teacher)
-            if student.shape != teacher.shape:
+                adapter = adapters[level]
+                more = {'image_size': capture.image_size} if getattr(adapter, 'needs_image_size', False) else {}
+                student = adapter(student, teacher, **more)
+            if term.consumes == 'features' and student.dim() == teacher.dim() == 3:
+                # Channels second, as in maps.
+                student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
+            fixed = slice(2, None) if getattr(term.loss, 'any_channels', False) else slice(None)
+            if student.dim() != teacher.dim() or student.shape[fixed] != teacher.shape[fixed]:
                 advice = "write adapter='auto'" if term.adapter is None else 'choose taps or an adapter that fit'
                 raise DistillError(
                     f'student {str(term.student)!r} is {_shapes([student])} but teacher {str(term.teacher)!r} is '
                     f'{_shapes([teacher])}; {advice}.'
                 )
+            loss = parts['losses'][level] if 'losses' in parts else term.loss
             # Also for users' own losses: half precision overflows.
             with torch.autocast(student.device.type, enabled=False):
-                values.append(term.loss(_full(student), _full(teacher)))
+                if getattr(loss, 'needs_target', False):
+                    values.append(loss(_full(student), _full(teacher), shared.target))
+                else:
+                    values.append(loss(_full(student), _full(teacher)))
         return torch.stack(values).mean()
 
 
@@ -449,19 +594,23 @@ class _Identity(nn.Module):
         return student
 
 
-_NONE = nn.ModuleList()
+_NONE = nn.ModuleDict({'adapters': nn.ModuleList()})
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """So that a check leaves the statistics of batch normalisation alone, and one image is enough for it."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _trainable(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
-
-
-def _readable(module: nn.Module) -> bool:
-    try:
-        find_reader(module)
-    except DistillError:
-        return False
-    return True
 
 
 def _device(inputs: Any, model: nn.Module) -> torch.device:
@@ -477,7 +626,9 @@ def _shapes(tensors: Sequence[Tensor]) -> str:
     return shown + (', ...' if len(tensors) > 5 else '')
 
 
-def _describe(p: DensePredictions) -> str:
+def _describe(p: Predictions) -> str:
+    if isinstance(p, PixelPredictions):
+        return f'{p.num_classes} classes, ' + 'x'.join(map(str, p.logits.shape[1:]))
     parts = [f'{p.num_classes} classes']
     parts += [n for n in ('obj', 'box', 'dist') if getattr(p, n) is not None]
     if p.box is None and p.ltrb is not None:

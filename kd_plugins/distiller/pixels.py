@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from kd_plugins.errors import DistillError
 
@@ -108,3 +109,30 @@ class Renormalize:
         if key not in self._moved:
             self._moved[key] = self.scale.to(images), self.shift.to(images)
         return self._moved[key]
+
+
+class Resized:
+    """Re-normalises the student's batch and resizes it to the teacher's resolution.
+
+    Args:
+        renormalize: Makes the teacher's batch at the student's resolution.
+        size: ``(height, width)`` in pixels, or the factor by which both sides grow.
+        mode: Interpolation: ``'bilinear'`` or ``'bicubic'``.
+    """
+
+    def __init__(self, renormalize: Renormalize, size: tuple[int, int] | float, mode: str = 'bilinear') -> None:
+        self.renormalize, self.size, self.mode = renormalize, size, mode
+        shown = f'resized to {size[0]}x{size[1]}' if isinstance(size, tuple) else f'resized by {size:g}'
+        self.description = f'{renormalize.description}, {shown}'
+
+    def __call__(self, inputs: Any, samples: Sequence[Any] | None = None) -> Tensor:
+        """Make the teacher's batch, see `Renormalize`; the same tensor when nothing has to change."""
+        images = self.renormalize(inputs, samples)
+        size = self.size
+        if not isinstance(size, tuple):
+            size = tuple(max(1, round(side * size)) for side in images.shape[-2:])
+        if tuple(images.shape[-2:]) == size:
+            return images
+        # In float32: antialiasing has no half precision on the CPU.
+        resized = interpolate(images.float(), size, mode=self.mode, align_corners=False, antialias=True)
+        return resized.to(images.dtype)

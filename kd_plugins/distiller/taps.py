@@ -123,12 +123,14 @@ class Capture:
 
     Attributes:
         calls: The recorded calls by path, in order.
+        image_size: ``(H, W)`` in pixels of the batch that the model was given, or None when unknown.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], where: str) -> None:
         self.where = where
         self.modules: dict[str, nn.Module] = {path: find_module(model, path, where) for path in dict.fromkeys(paths)}
         self.calls: dict[str, list[Call]] = {}
+        self.image_size: tuple[int, int] | None = None
         self._saved: list[tuple[nn.Module, bool, Any]] = []
 
     def open(self) -> Capture:
@@ -167,14 +169,18 @@ class Capture:
 
         return forward
 
-    def call(self, path: str) -> Call:
+    def call(self, path: str, repeated: bool = False) -> Call:
         """The only call of a module.
+
+        Args:
+            path: The module.
+            repeated: Whether it may run more than once; the first call counts.
 
         Raises:
             DistillError: The module was not called, or more than once.
         """
         calls = self._fired(path)
-        if len(calls) > 1:
+        if len(calls) > 1 and not repeated:
             raise DistillError(
                 f'{self.where} module {path!r} ran {len(calls)} times in one forward pass; tap the module around it.'
             )

@@ -110,8 +110,10 @@ class Teacher:
         ``no_grad`` and not ``inference_mode``: feature losses fail on inference tensors.
         """
         modules = tuple(dict.fromkeys(modules))
+        prepared = self._prepare(inputs, samples)
         with Capture(self.model, modules, 'teacher') as capture:
-            self._run(self.model, self._prepare(inputs, samples), samples, modules)
+            capture.image_size = tuple(prepared.shape[-2:]) if isinstance(prepared, Tensor) else None
+            self._run(self.model, prepared, samples, modules)
         return capture
 
 

@@ -16,6 +16,8 @@ from kd_plugins.distiller.taps import Tap
 from kd_plugins.errors import DistillError, check_keys, nearest
 
 TERM_KEYS = ('loss', 'student', 'teacher', 'adapter', 'weight', 'temperature')
+CONSUMES = ('features', 'logits', 'predictions', 'segmentation')
+AUTO_OPTIONS = ('norm', 'prefix_tokens')
 Resolver = Callable[[str], Callable[..., nn.Module] | None]
 
 
@@ -25,11 +27,12 @@ class Term:
 
     Attributes:
         name: Its key; logged as ``loss_kd_<name>``.
-        loss: The loss module. Its ``consumes`` says what it is given: ``'features'``, ``'logits'`` or
-            ``'predictions'``.
+        loss: The loss module. Its ``consumes`` says what it is given: ``'features'``, ``'logits'``,
+            ``'predictions'`` or ``'segmentation'``.
         student: Tap in the student.
         teacher: Tap in the teacher.
-        adapter: ``'auto'``, None (shapes must fit), or a config ``dict(type=...)``.
+        adapter: ``'auto'`` or ``dict(type='auto', **options)``, None (shapes must fit), a config ``dict(type=...)``,
+            or a list of configs, one after the other.
         weight: Schedule of the weight.
         temperature: Schedule of the loss's temperature, or None to leave it as configured.
     """
@@ -46,6 +49,15 @@ class Term:
     def consumes(self) -> str:
         """What the loss is given."""
         return getattr(self.loss, 'consumes', 'features')
+
+    @property
+    def automatic(self) -> Mapping[str, Any]:
+        """Options of the automatic adapter; false where the term has another adapter, or none."""
+        if self.adapter == 'auto':
+            return {'norm': False}
+        if isinstance(self.adapter, Mapping) and self.adapter.get('type') == 'auto':
+            return {'norm': False, **{k: v for k, v in self.adapter.items() if k != 'type'}}
+        return {}
 
     @property
     def always_zero(self) -> bool:
@@ -130,17 +142,16 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
             raise DistillError(f"{where} needs 'loss', 'student' and 'teacher'; {key!r} is missing.")
     loss = build_named(cfg['loss'], losses, f'{where}: loss', 'loss', resolve)
     consumes = getattr(loss, 'consumes', 'features')
-    if consumes not in ('features', 'logits', 'predictions'):
-        raise DistillError(f"{where}: loss.consumes must be 'features', 'logits' or 'predictions', got {consumes!r}.")
+    if consumes not in CONSUMES:
+        raise DistillError(f'{where}: loss.consumes must be one of {", ".join(map(repr, CONSUMES))}, got {consumes!r}.')
     temperature = None
     if cfg.get('temperature') is not None:
         if not hasattr(loss, 'temperature'):
             raise DistillError(f'{where}: {type(loss).__name__} has no temperature; remove the option.')
         temperature = build_schedule(cfg['temperature'], f'{where}: temperature', 0.0, strict=True)
     adapter = cfg.get('adapter', 'auto')
-    if isinstance(adapter, str) and adapter != 'auto':
-        raise DistillError(f"{where}: adapter must be 'auto', None or dict(type=...), got {adapter!r}.")
-    if isinstance(adapter, Mapping) and consumes != 'features':
+    _check_adapter(adapter, where)
+    if adapter not in ('auto', None) and consumes != 'features':
         raise DistillError(f'{where}: {type(loss).__name__} compares {consumes}, which take no adapter; remove it.')
     return Term(
         name=name,
@@ -153,6 +164,32 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     )
 
 
+def _check_adapter(adapter: Any, where: str) -> None:
+    if isinstance(adapter, Mapping) and adapter.get('type') == 'auto':
+        check_keys({k: v for k, v in adapter.items() if k != 'type'}, AUTO_OPTIONS, f'{where}: adapter (auto)')
+        if not isinstance(adapter.get('norm', False), bool):
+            raise DistillError(f'{where}: adapter.norm must be True or False, got {adapter["norm"]!r}.')
+        _check_prefix(adapter.get('prefix_tokens'), where)
+        return
+    parts = adapter if isinstance(adapter, (list, tuple)) else [adapter]
+    if adapter in ('auto', None) or (parts and all(isinstance(p, Mapping) for p in parts)):
+        return
+    raise DistillError(f"{where}: adapter must be 'auto', None, dict(type=...) or a list of such, got {adapter!r}.")
+
+
+def _check_prefix(value: Any, where: str) -> None:
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(sides) != 2 or any(
+        v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < 0) for v in sides
+    ):
+        raise DistillError(
+            f'{where}: adapter.prefix_tokens must be a whole number, or two (student, teacher), got {value!r}.'
+        )
+
+
 def build_adapter(term: Term, cfg: Any, where: str, resolve: Resolver | None = None) -> nn.Module:
-    """Build an adapter that a term spells out."""
+    """Build an adapter that a term spells out; a list of configs becomes a chain."""
+    if isinstance(cfg, (list, tuple)):
+        chain = (build_named(c, adapters, f'{where}[{i}]', 'adapter', resolve) for i, c in enumerate(cfg))
+        return adapters.AdapterChain(*chain)
     return build_named(cfg, adapters, where, 'adapter', resolve)

@@ -1,6 +1,6 @@
 """Distillation inside MMEngine's Runner: importing this registers everything under the scope ``kd_plugins``."""
 
-from kd_plugins.mm import heads  # noqa: F401  (registers the head readers)
+from kd_plugins.mm import heads, segmentation_heads  # noqa: F401  (register the head readers)
 from kd_plugins.mm.distilled import distilled
 from kd_plugins.mm.hook import DistillHook
 

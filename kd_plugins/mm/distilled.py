@@ -82,7 +82,7 @@ def distilled(student_type: Any, distill: Mapping[str, Any], **student: Any) -> 
 
     Args:
         student_type: The student's own ``type``.
-        distill: ``dict(teacher=, terms=, start=0, stop=None)``, see :class:`kd_plugins.mm.DistillHook`.
+        distill: ``dict(teacher=, terms=, start=0, stop=None, alpha=None)``, see :class:`kd_plugins.mm.DistillHook`.
         **student: The student's own options.
 
     Returns:

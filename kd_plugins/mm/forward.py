@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from kd_plugins.distiller import Tap, find_module
 from kd_plugins.errors import DistillError
 
 _BODY = ('backbone', 'neck')
+_ON_FEATURES = ('decode_head', 'auxiliary_head', 'rpn_head')
 
 
 def run_modules(model: nn.Module, inputs: Any, samples: Any, modules: Sequence[str]) -> None:
@@ -32,13 +36,16 @@ def run_modules(model: nn.Module, inputs: Any, samples: Any, modules: Sequence[s
         model.extract_feat(inputs)
         return
     # Segmentors skip auxiliary heads in tensor mode, and RPNs never run there on their own.
-    on_features = [h for h in heads if h in ('decode_head', 'auxiliary_head', 'rpn_head')]
-    if len(on_features) == len(heads):
+    if all(head in _ON_FEATURES for head in heads):
         features = model.extract_feat(inputs)
-        for name in on_features:
-            head = getattr(model, name)
-            for module in head if isinstance(head, nn.ModuleList) else [head]:
-                module.forward(features)
+        for name in heads:
+            try:
+                _run_heads(getattr(model, name), features, [m for m in modules if m.split('.')[0] == name])
+            except TypeError as error:
+                kind = type(getattr(model, name)).__name__
+                raise DistillError(
+                    f'{name} ({kind}) cannot be run on features alone ({error}); tap backbone or neck.'
+                ) from error
         return
     try:
         model(inputs, samples, mode='tensor')
@@ -47,3 +54,41 @@ def run_modules(model: nn.Module, inputs: Any, samples: Any, modules: Sequence[s
             f'{type(model).__name__} cannot be run for the taps {", ".join(map(repr, heads))} '
             f'({type(error).__name__}: {error}); tap its backbone or neck.'
         ) from error
+
+
+def _run_heads(head: nn.Module, features: Any, modules: Sequence[str]) -> None:
+    if not isinstance(head, nn.ModuleList):
+        head.forward(features)
+        return
+    # Later stages may not even run on features alone (PointRend's samples points).
+    needed = max(int(path.split('.')[1]) for path in modules)
+    output = None
+    for stage in head[: needed + 1]:
+        # The stages of a cascade refine what the one before has found; other lists are heads side by side.
+        refines = 'prev_output' in inspect.signature(type(stage).forward).parameters
+        output = stage.forward(features, output) if refines else stage.forward(features)
+
+
+def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
+    """The tap that is meant where a path names a list of modules, which never runs itself.
+
+    Args:
+        model: Student or teacher.
+        tap: As written.
+        side: ``'student'`` or ``'teacher'``, for the error message.
+
+    Returns:
+        The last stage for the ``decode_head`` of a cascade, which is what predicts; otherwise the tap itself.
+
+    Raises:
+        DistillError: It names another list.
+    """
+    module = find_module(model, tap.module, side)
+    if not isinstance(module, nn.ModuleList) or not len(module):
+        return tap
+    if tap.module == 'decode_head':
+        return replace(tap, module=f'decode_head.{len(module) - 1}')
+    raise DistillError(
+        f'{side} {tap.module!r} is a list of {len(module)} modules, which does not run itself; write one of them, '
+        f"e.g. '{tap.module}.0'."
+    )

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Distiller, Position, summary
+from kd_plugins.distiller import Capture, Distiller, Position, map_tensors, summary
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.distilled import BANK, HOOK_LINES, DistillMixin
 from kd_plugins.mm.setup import build_distiller, check_options, dry_run, schedule_text, unit_of
@@ -46,6 +46,8 @@ class DistillHook(Hook):
             temperature=None)``. ``weight`` and ``temperature`` may be schedules.
         start: First epoch with KD (iteration in an ``IterBasedTrainLoop``), counted from 0.
         stop: First epoch (iteration) without it again. None: to the end.
+        alpha: Balance in [0, 1]: while KD is on, ``alpha`` times the KD losses and ``1 - alpha`` times the model's own.
+            None: the model's own losses stay as they are, and the terms' weights say it all.
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
 
@@ -62,11 +64,11 @@ class DistillHook(Hook):
         terms: Mapping[str, Any] | None = None,
         start: int = 0,
         stop: int | None = None,
+        alpha: float | None = None,
         **unknown: Any,
     ) -> None:
-        self._options: dict[str, Any] = {
-            k: v for k, v in (('teacher', teacher), ('terms', terms), ('start', start), ('stop', stop)) if v is not None
-        }
+        given = dict(teacher=teacher, terms=terms, start=start, stop=stop, alpha=alpha)
+        self._options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         self._options.update(unknown)
         self.distiller: Distiller | None = None
         self._handles: list[Any] = []
@@ -189,6 +191,9 @@ class DistillHook(Hook):
         if not self._checked and self.distiller.active:
             self._checked = True
             _refuse_nan(output, kd)
+        if self.distiller.alpha is not None and self.distiller.active:
+            own = 1 - self.distiller.alpha
+            output = {k: map_tensors(v, lambda x: x * own) if 'loss' in k else v for k, v in output.items()}
         # No "loss" in its name: logged, not optimised.
         ratio = _total(kd) / _total(output).clamp(min=torch.finfo(torch.float32).tiny)
         return {**output, **kd, 'kd_ratio': ratio}

@@ -13,11 +13,12 @@ from torch import nn
 from kd_plugins.distiller import AdapterBank, Distiller, Teacher, build_terms, untouched_rng
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
-from kd_plugins.mm.forward import run_modules
+from kd_plugins.mm.forward import run_modules, settle
 from kd_plugins.mm.inputs import normalize
+from kd_plugins.mm.targets import labels
 from kd_plugins.mm.teacher import build_untrained
 
-DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop')
+DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop', 'alpha')
 
 #: Pixels of the start-up dry run: their mean, and the range of the noise that keeps the maps from being constant.
 GREY, NOISE = 114.0, 20.0
@@ -51,6 +52,12 @@ def check_options(distill: Any) -> None:
             )
     if stop is not None and stop <= (start or 0):
         raise DistillError(f'stop ({stop}) must come after start ({start or 0}).')
+    alpha = distill.get('alpha')
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1):
+        raise DistillError(
+            f"alpha must be a number in [0, 1] (alpha x distillation + (1 - alpha) x the student's own loss), "
+            f'got {alpha!r}.'
+        )
 
 
 def build_distiller(
@@ -58,12 +65,21 @@ def build_distiller(
 ) -> Distiller:
     """Build the engine for a student from the ``distill`` options."""
     check_options(distill)
+    terms = build_terms(distill['terms'], find_in_registries)
+    for term in terms.values():
+        try:
+            term.student = settle(student, term.student, 'student')
+            term.teacher = settle(teacher.model, term.teacher, 'teacher')
+        except DistillError as error:
+            raise DistillError(f'term {term.name!r}: {error}') from error
     return Distiller(
         student,
         teacher,
-        build_terms(distill['terms'], find_in_registries),
+        terms,
         start=distill.get('start') or 0,
         stop=distill.get('stop'),
+        alpha=distill.get('alpha'),
+        targets=labels,
         resolve=find_in_registries,
         bank=bank,
         **options,
@@ -109,7 +125,10 @@ def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
 def schedule_text(distiller: Distiller, unit: str, total: int) -> str:
     """When KD is on, in words."""
     last = f'up to {unit} {distiller.stop}' if distiller.stop is not None else 'to the end'
-    return f'from {unit} {distiller.start} {last} (of {total})'
+    balance = ''
+    if distiller.alpha is not None:
+        balance = f", {distiller.alpha:g} x distillation + {1 - distiller.alpha:g} x the student's own loss"
+    return f'from {unit} {distiller.start} {last} (of {total}){balance}'
 
 
 def unit_of(runner: Any) -> tuple[str, int, int]:

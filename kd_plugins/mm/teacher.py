@@ -15,6 +15,7 @@ from torch import nn
 
 from kd_plugins.distiller import (
     PixelFormat,
+    Resized,
     Teacher,
     build_source,
     find_source,
@@ -29,7 +30,7 @@ from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules
 from kd_plugins.mm.inputs import TeacherInputs, pixel_format
 
-TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected')
+TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
 
 
 def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
@@ -67,8 +68,8 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     """Build and completely load a teacher.
 
     Args:
-        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``, or the ``teacher`` of
-            another framework, e.g. ``dict(ultralytics='x.pt')``.
+        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=(), input_size=None,
+            input_scale=None)``, or the ``teacher`` of another framework, e.g. ``dict(ultralytics='x.pt')``.
         student: The student, whose ``data_preprocessor`` says how its inputs are normalised; or the format itself.
 
     Returns:
@@ -93,7 +94,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    inputs = TeacherInputs(known, getattr(model, 'data_preprocessor', None))
+    inputs = teacher_inputs(cfg, known, model)
     teacher = Teacher(
         model,
         run_modules,
@@ -103,7 +104,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
-        head='bbox_head',
+        head='bbox_head' if hasattr(model, 'bbox_head') else 'decode_head',
         kind='config',
     )
     return teacher, notes
@@ -114,8 +115,34 @@ def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
     if teacher_kind(cfg) not in (None, 'config'):
         return build_teacher(cfg, student)[0]
     model, _ = build_architecture(cfg)
-    inputs = TeacherInputs(getattr(student, 'data_preprocessor', None), getattr(model, 'data_preprocessor', None))
+    inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model)
     return Teacher(model, run_modules, inputs, name=config_name(cfg))
+
+
+def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> TeacherInputs | Resized:
+    """What turns the student's batch into the teacher's: another normalisation, and another resolution if asked for.
+
+    Raises:
+        DistillError: ``input_size`` or ``input_scale`` is no size or factor, or both are given.
+    """
+    inputs = TeacherInputs(student, getattr(model, 'data_preprocessor', None))
+    size, scale = cfg.get('input_size'), cfg.get('input_scale')
+    if size is None and scale is None:
+        return inputs
+    if size is not None and scale is not None:
+        raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 16:
+            raise DistillError(f'teacher.input_scale must be a factor in (0, 16], e.g. 2.0, got {scale!r}.')
+        return Resized(inputs, float(scale))
+    sides = [size, size] if isinstance(size, int) and not isinstance(size, bool) else size
+    if (
+        not isinstance(sides, (list, tuple))
+        or len(sides) != 2
+        or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides)
+    ):
+        raise DistillError(f'teacher.input_size must be pixels or (height, width), e.g. (512, 1024), got {size!r}.')
+    return Resized(inputs, (sides[0], sides[1]))
 
 
 def build_foreign(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
@@ -169,7 +196,10 @@ def teacher_classes(
 def num_classes(model: nn.Module) -> int | None:
     """Number of classes a model's head predicts, when it says so."""
     for name in ('bbox_head', 'decode_head', 'head'):
-        number = getattr(getattr(model, name, None), 'num_classes', None)
+        head = getattr(model, name, None)
+        if isinstance(head, nn.ModuleList) and len(head):
+            head = head[-1]
+        number = getattr(head, 'num_classes', None)
         if isinstance(number, int):
             return number
     return None

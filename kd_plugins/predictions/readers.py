@@ -1,6 +1,7 @@
-"""Which function reads which detection head into :class:`DensePredictions`.
+"""Which function reads which head into a canonical form.
 
-A reader turns what ``head.forward`` returned into the canonical form::
+Detection heads are read into :class:`DensePredictions`, segmentation heads into :class:`PixelPredictions`. A reader
+turns what ``head.forward`` returned into the canonical form::
 
     from kd_plugins.predictions import DensePredictions, register_reader
 
@@ -11,20 +12,23 @@ A reader turns what ``head.forward`` returned into the canonical form::
         return DensePredictions(cls=..., activation='sigmoid', level_sizes=..., strides=..., points=..., ltrb=...)
 
 Importing the module that holds it is enough (``custom_imports`` in an MMEngine config). Test it by comparing
-``read(head, outputs).boxes()`` with the boxes that the head itself decodes.
+``read(head, outputs).boxes()`` with the boxes that the head itself decodes. For a segmentation head write
+``@register_reader('my_project.MyHead', form=PixelPredictions)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions.dense import DensePredictions
+from kd_plugins.predictions.pixels import PixelPredictions
 
-Reader = Callable[..., DensePredictions]
+Form = type[DensePredictions] | type[PixelPredictions]
+Reader = Callable[..., DensePredictions | PixelPredictions]
 
 # A class that overrides one of these between the head and the class that the reader was written for gives the
 # head's outputs another meaning, so the reader must not be applied (VFNetHead is an ATSSHead by inheritance only).
@@ -36,17 +40,21 @@ DECODING = (
     '_bbox_decode',
     'anchor_center',
 )
+#: The same for segmentation heads, which all have a forward of their own that returns logits.
+PIXEL_DECODING = ('predict', 'predict_by_feat')
 
-_readers: dict[str | type, Reader] = {}
+_readers: dict[Form, dict[str | type, Reader]] = {DensePredictions: {}, PixelPredictions: {}}
+_unreadable: dict[str | type, str] = {}
 
 
-def register_reader(target: str | type) -> Callable[[Reader], Reader]:
-    """Decorator: ``function(head, outputs, *, training) -> DensePredictions`` reads heads of this class.
+def register_reader(target: str | type, form: Form = DensePredictions) -> Callable[[Reader], Reader]:
+    """Decorator: ``function(head, outputs, *, training) -> form`` reads heads of this class.
 
     Args:
         target: The head class, or its name: ``'package.ClassName'`` (any module of that package; nothing needs
             to be imported), or just ``'ClassName'`` for a class of that name wherever it is defined. The
             later registration of the same target wins.
+        form: What the head is read into: `DensePredictions` or `PixelPredictions`.
 
     Returns:
         The decorator; the function itself is returned unchanged. It gets ``outputs`` exactly as
@@ -59,22 +67,33 @@ def register_reader(target: str | type) -> Callable[[Reader], Reader]:
         raise DistillError(f'A reader is registered for a head class or its name, not for {target!r}.')
 
     def decorate(function: Reader) -> Reader:
-        _readers[target] = function
+        _readers[form][target] = function
         return function
 
     return decorate
 
 
-def supported_heads() -> tuple[str, ...]:
+def register_unreadable(target: str | type, reason: str) -> None:
+    """Say why heads of a class (and of classes that inherit from it) have no canonical form.
+
+    Args:
+        target: The class or its name, as for :func:`register_reader`.
+        reason: Ends ``'Predictions of <head> cannot be read: '``; says what to do instead.
+    """
+    _unreadable[target] = reason
+
+
+def supported_heads(form: Form = DensePredictions) -> tuple[str, ...]:
     """Names of the head classes that have a reader, sorted."""
-    return tuple(sorted({(k if isinstance(k, str) else k.__qualname__).rpartition('.')[2] for k in _readers}))
+    return tuple(sorted({(k if isinstance(k, str) else k.__qualname__).rpartition('.')[2] for k in _readers[form]}))
 
 
-def find_reader(head: nn.Module) -> Reader:
+def find_reader(head: nn.Module, form: Form = DensePredictions) -> Reader:
     """The reader of a head: that of the nearest class it inherits from which has one.
 
     Args:
         head: The head module.
+        form: What it is to be read into.
 
     Returns:
         The registered function.
@@ -86,58 +105,74 @@ def find_reader(head: nn.Module) -> Reader:
     name = type(head).__name__
     override: str | None = None
     for cls in type(head).__mro__:
-        reader = _reader_of(cls)
+        reason = _lookup(_unreadable, cls)
+        if reason is not None:
+            raise DistillError(f'Predictions of {name} cannot be read: {reason}')
+        reader = _lookup(_readers[form], cls)
         if reader is not None:
             if override is None:
                 return reader
-            raise _refusal(name, f'{override} makes its outputs mean something else than those of {cls.__name__}')
+            raise _refusal(name, form, f'{override} makes its outputs mean something else than those of {cls.__name__}')
         if override is None:
-            own = [m for m in DECODING if m in vars(cls)]
+            own = [m for m in (PIXEL_DECODING if form is PixelPredictions else DECODING) if m in vars(cls)]
             if own:
                 override = f'{cls.__name__}.{own[0]}'
-    raise _refusal(name)
+    raise _refusal(name, form)
 
 
-def read(head: nn.Module, outputs: Any, *, training: bool | None = None) -> DensePredictions:
+def readable(head: nn.Module, form: Form = DensePredictions) -> bool:
+    """Whether a module is a head that can be read into a form."""
+    try:
+        find_reader(head, form)
+    except DistillError:
+        return False
+    return True
+
+
+def read(
+    head: nn.Module, outputs: Any, *, training: bool | None = None, form: Form = DensePredictions
+) -> DensePredictions | PixelPredictions:
     """Read what ``head.forward`` returned.
 
     Args:
         head: The head module.
         outputs: What its ``forward`` returned, unchanged.
         training: Mode of the head during that call. Default: ``head.training`` now.
+        form: What it is to be read into.
 
     Returns:
-        The predictions in float32 (float64 stays), still in the autograd graph.
+        The predictions; of a detection head in float32 (float64 stays), still in the autograd graph.
 
     Raises:
         DistillError: The head has no reader, or is configured in a way that its reader does not support.
     """
-    reader = find_reader(head)
+    reader = find_reader(head, form)
     predictions = reader(head, outputs, training=head.training if training is None else training)
-    if not isinstance(predictions, DensePredictions):
+    if not isinstance(predictions, form):
         raise DistillError(
-            f'The reader of {type(head).__name__} returned {type(predictions).__name__}, not DensePredictions.'
+            f'The reader of {type(head).__name__} returned {type(predictions).__name__}, not {form.__name__}.'
         )
     return predictions
 
 
-def _reader_of(cls: type) -> Reader | None:
-    if cls in _readers:
-        return _readers[cls]
-    for key, reader in _readers.items():
+def _lookup(table: Mapping[str | type, Any], cls: type) -> Any:
+    if cls in table:
+        return table[cls]
+    for key, value in table.items():
         if isinstance(key, str):
             package, _, name = key.rpartition('.')
             inside = not package or cls.__module__ == package or cls.__module__.startswith(package + '.')
             if name == cls.__name__ and inside:
-                return reader
+                return value
     return None
 
 
-def _refusal(name: str, because: str = '') -> DistillError:
-    supported = ', '.join(supported_heads()) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
+def _refusal(name: str, form: Form, because: str = '') -> DistillError:
+    supported = ', '.join(supported_heads(form)) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
+    own = repr(name) if form is DensePredictions else f'{name!r}, form={form.__name__}'
     reason = f' ({because})' if because else ''
     return DistillError(
         f'Predictions of {name} cannot be read{reason}. Supported heads: {supported}. For another head write a '
-        f'function (head, outputs, *, training) -> DensePredictions and decorate it with '
-        f'@kd_plugins.predictions.register_reader({name!r}).'
+        f'function (head, outputs, *, training) -> {form.__name__} and decorate it with '
+        f'@kd_plugins.predictions.register_reader({own}).'
     )

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from kd_plugins.distiller import (
     PixelFormat,
     Renormalize,
+    Resized,
     Teacher,
     find_weights,
     load_checkpoint,
@@ -33,29 +33,6 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(images)
-
-
-class Inputs:
-    """Re-normalises the student's batch and resizes it to the teacher's resolution.
-
-    Args:
-        student: The student's pixel format.
-        teacher: The teacher's.
-        size: ``(height, width)`` that the teacher was trained at.
-        mode: How timm resizes images for this model: ``'bicubic'`` or ``'bilinear'``.
-    """
-
-    def __init__(self, student: PixelFormat, teacher: PixelFormat, size: tuple[int, int], mode: str) -> None:
-        self.renormalize, self.size, self.mode = Renormalize(student, teacher), size, mode
-        self.description = f'{self.renormalize.description}, resized to {size[0]}x{size[1]}'
-
-    def __call__(self, inputs: Any, samples: Any = None) -> Tensor:
-        images = self.renormalize(inputs, samples)
-        if tuple(images.shape[-2:]) == self.size:
-            return images
-        # In float32: antialiasing has no half precision on the CPU.
-        resized = interpolate(images.float(), self.size, mode=self.mode, align_corners=False, antialias=True)
-        return resized.to(images.dtype)
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +96,8 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
     mean, std = ([255 * float(v) for v in cfg.get(k) or data[k]] for k in ('mean', 'std'))
     height, width = (size, size) if size else data['input_size'][-2:]
     mode = data['interpolation'] if data['interpolation'] in ('bilinear', 'bicubic') else 'bicubic'
-    inputs = Inputs(student, PixelFormat(tuple(mean), tuple(std), rgb=True), (height, width), mode)
+    renormalize = Renormalize(student, PixelFormat(tuple(mean), tuple(std), rgb=True))
+    inputs = Resized(renormalize, (height, width), mode)
     classes, known = cfg.get('classes'), getattr(model, 'num_classes', None)
     if classes is not None and len(classes) != known:
         raise DistillError(f'teacher.classes has {len(classes)} names but the teacher predicts {known} classes.')

@@ -12,3 +12,14 @@ def lab(tmp_path_factory):
     torch.set_num_threads(1)
     hurry()
     return Lab(tmp_path_factory.mktemp('lab'))
+
+
+@pytest.fixture(scope='session')
+def seg_lab(tmp_path_factory):
+    """The same for segmentors."""
+    from tests.integration.lab import hurry
+    from tests.integration.seg_lab import SegLab
+
+    torch.set_num_threads(1)
+    hurry()
+    return SegLab(tmp_path_factory.mktemp('seg_lab'))

@@ -151,19 +151,29 @@ class Lab:
         root: An empty folder for data, configs and runs.
     """
 
+    MODELS = _MODELS
+    RUN = _RUN
+    CLASSES = CLASSES
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self._numbers = itertools.count()
         self._teachers: dict[Any, dict[str, str]] = {}
+        self.write_data(root)
+
+    @staticmethod
+    def write_data(root: Path) -> None:
+        """Pictures and their annotations."""
         _write_images(root)
 
     # ------------------------------------------------------------------ configs
-    def file(self, family: str = 'yolox', width: int = 8, extra: str = '', classes: int = len(CLASSES)) -> Path:
+    def file(self, family: str = 'yolox', width: int = 8, extra: str = '', classes: int | None = None) -> Path:
         """A config file on top of mmdet's own; ``width`` times 4 channels leave the first stage of a YOLO backbone."""
-        base, model = _MODELS[family]
+        classes = len(self.CLASSES) if classes is None else classes
+        base, model = self.MODELS[family]
         text = f'_base_ = {base!r}\n' + model.format(w=width, classes=classes)
-        names = CLASSES if classes == len(CLASSES) else tuple(f'class{i}' for i in range(classes))
-        text += _RUN.format(size=SIZE, root=self.root.as_posix(), names=names) + extra
+        names = self.CLASSES if classes == len(self.CLASSES) else tuple(f'class{i}' for i in range(classes))
+        text += self.RUN.format(size=SIZE, root=self.root.as_posix(), names=names) + extra
         path = self.root / f'{family}_{width}_{next(self._numbers)}.py'
         path.write_text(text)
         return path
@@ -192,7 +202,7 @@ class Lab:
         config.merge_from_dict({k.replace('__', '.'): v for k, v in options.items()})
         return config
 
-    def teacher(self, family: str = 'yolox', width: int = 8, *, extra: str = '', classes: int = len(CLASSES)) -> dict:
+    def teacher(self, family: str = 'yolox', width: int = 8, *, extra: str = '', classes: int | None = None) -> dict:
         """``dict(config=, checkpoint=)`` of a bigger network with random, but not initial, weights."""
         key = (family, width, extra, classes)
         if key not in self._teachers:

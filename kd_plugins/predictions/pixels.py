@@ -1,0 +1,158 @@
+"""The canonical form that semantic segmentation heads are read into, and how two of them are made comparable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from kd_plugins.errors import DistillError
+
+ACTIVATIONS = ('softmax', 'sigmoid')
+
+
+@dataclass(frozen=True)
+class PixelPredictions:
+    """Raw predictions of a semantic segmentation head for one batch of images.
+
+    Attributes:
+        logits: ``(B, C, h, w)`` class logits on the head's own grid. ``C = 1`` is a binary head: the logit of class 1
+            of 2, whatever ``activation`` says.
+        activation: ``'softmax'`` (classes exclude each other) or ``'sigmoid'`` (every class is a yes or no).
+        ignore_index: The label that the head's own loss ignores, or None.
+
+    Raises:
+        DistillError: ``logits`` is no map, or the activation is unknown.
+    """
+
+    logits: Tensor
+    activation: str = 'softmax'
+    ignore_index: int | None = 255
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.logits, Tensor) or self.logits.dim() != 4:
+            kind = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+            raise DistillError(f'Class logits of a segmentation head must be (B, C, h, w), got {kind}.')
+        if self.activation not in ACTIVATIONS:
+            raise DistillError(f'activation must be one of {ACTIVATIONS}, got {self.activation!r}.')
+
+    def replace(self, **changes: object) -> PixelPredictions:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def detach(self) -> PixelPredictions:
+        """A copy without gradients."""
+        return self.replace(logits=self.logits.detach())
+
+    @property
+    def binary(self) -> bool:
+        """Whether it is the one logit of a two-class head."""
+        return self.logits.shape[1] == 1
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 2 for a binary head."""
+        return 2 if self.binary else self.logits.shape[1]
+
+    def two_classes(self) -> PixelPredictions:
+        """A binary head as the softmax head that predicts the same: logits ``(0, z)``."""
+        if not self.binary:
+            return self
+        return self.replace(logits=torch.cat([torch.zeros_like(self.logits), self.logits], 1), activation='softmax')
+
+    def class_logits(self) -> Tensor:
+        """``(B, h * w, C)`` logits, one row per pixel."""
+        return self.two_classes().logits.flatten(2).transpose(1, 2)
+
+
+def align_pixels(
+    student: PixelPredictions,
+    teacher: PixelPredictions,
+    classes: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> tuple[PixelPredictions, PixelPredictions]:
+    """Make two segmentation heads' predictions comparable class by class; their grids may still differ.
+
+    1. A binary head (one logit) facing a softmax head of two classes becomes such a head, which is exact.
+    2. ``classes`` selects and orders both. Of a softmax this leaves the distribution among the shared classes.
+
+    Args:
+        student: Predictions of the student.
+        teacher: Predictions of the teacher for the same images.
+        classes: ``(student_indices, teacher_indices)`` of the classes that correspond. None: all, in the same order.
+
+    Returns:
+        ``(student, teacher)`` of equal batch, activation and number of channels.
+
+    Raises:
+        DistillError: Batches, activations or class counts do not fit together.
+    """
+    if student.logits.shape[0] != teacher.logits.shape[0]:
+        raise DistillError(
+            f'The student predicts for {student.logits.shape[0]} images and the teacher for {teacher.logits.shape[0]}.'
+        )
+    if not (student.binary and teacher.binary and classes is None):
+        student, teacher = student.two_classes(), teacher.two_classes()
+    if not student.binary and student.activation != teacher.activation:
+        raise DistillError(
+            f"The student's classes are a {student.activation} and the teacher's a {teacher.activation}: the one "
+            'shares probability among the classes, the other does not, and no logits of one are those of the other; '
+            'distil features, e.g. from the backbone, or take a teacher with the same kind of loss.'
+        )
+    if classes is not None:
+        sides = []
+        for predictions, index in zip((student, teacher), classes, strict=True):
+            chosen = torch.as_tensor(list(index), device=predictions.logits.device)
+            sides.append(predictions.replace(logits=predictions.logits.index_select(1, chosen)))
+        student, teacher = sides
+    if student.logits.shape[1] != teacher.logits.shape[1]:
+        raise DistillError(
+            f'The student predicts {student.num_classes} classes and the teacher {teacher.num_classes}: give the names '
+            "of the teacher's as teacher.classes, so that they are matched by name."
+        )
+    return student, teacher
+
+
+def common_grid(student: PixelPredictions, teacher: PixelPredictions) -> tuple[PixelPredictions, PixelPredictions]:
+    """Bring both to the larger grid, by bilinear interpolation of the smaller one's logits."""
+    ours, theirs = student.logits.shape[-2:], teacher.logits.shape[-2:]
+    if ours == theirs:
+        return student, teacher
+    if ours.numel() < theirs.numel():
+        return student.replace(logits=_resized(student.logits, theirs)), teacher
+    return student, teacher.replace(logits=_resized(teacher.logits, ours))
+
+
+def _resized(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return interpolate(logits, size=tuple(size), mode='bilinear', align_corners=False)
+
+
+def map_labels(target: Tensor, known: Sequence[int] | None, ignored: Sequence[int | None], ignore_index: int) -> Tensor:
+    """Labels in terms of the classes that are compared.
+
+    A pixel whose class only the student knows is left out: what the teacher says there is a guess among classes that
+    are all wrong.
+
+    Args:
+        target: ``(B, H, W)`` integer labels.
+        known: The student's classes that are compared, in order; None: all.
+        ignored: Labels that do not count; None entries are skipped.
+        ignore_index: What they become.
+
+    Returns:
+        ``(B, H, W)`` labels; ``target`` itself when nothing changes.
+    """
+    result = target
+    for label in ignored:
+        if label is not None and label != ignore_index:
+            result = result.masked_fill(target == label, ignore_index)
+    if known is None:
+        return result
+    mapped = torch.full_like(result, ignore_index)
+    for new, old in enumerate(known):
+        mapped.masked_fill_(result == old, new)
+    # A class of the student may have the number that stands for "ignored".
+    return mapped.masked_fill_(result == ignore_index, ignore_index)
