@@ -1,11 +1,11 @@
 """What is matched between student and teacher: one published method per file, as a function and a module.
 
-Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss``, a cross-entropy),
-computes in float32 outside autocast (float64 stays), sends no gradient to the teacher, and states its reduction. The
-class attribute ``consumes`` says what it is given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)``
-tensors) ``'predictions'`` (two aligned ``DensePredictions``) or ``'masks'`` (two
-``(B, K, H, W)`` maps of mask logits); a loss with ``needs_target`` takes the labels as third
-argument. Only torch is needed::
+Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss``, a cross-entropy, and
+``MGDLoss``, which has to recover what it hides), computes in float32 outside autocast (float64 stays), sends no
+gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is given:
+``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors), ``'predictions'`` (two aligned
+``DensePredictions``) or ``'masks'`` (two ``(B, K, H, W)`` maps of mask logits); a loss with ``needs_target`` takes the
+labels as third argument. Only torch is needed::
 
     from kd_plugins.losses import KLDivLoss, kl_div
 
@@ -13,36 +13,51 @@ argument. Only torch is needed::
     loss = KLDivLoss(temperature=4.0)(student_logits, teacher_logits)
 """
 
+from kd_plugins.losses.attention_transfer import AttentionTransferLoss, attention_transfer
 from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
 from kd_plugins.losses.box_l1 import BoxL1Loss, box_l1
+from kd_plugins.losses.channel_wise import ChannelWiseDivLoss, channel_wise_div
 from kd_plugins.losses.dkd import DKDLoss, dkd
 from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
 from kd_plugins.losses.hard_label import HardLabelLoss, hard_label
 from kd_plugins.losses.kl_div import KLDivLoss, kl_div
 from kd_plugins.losses.localization_distill import LocalizationDistillLoss, localization_distill
 from kd_plugins.losses.mask_kl_div import MaskKLDivLoss, mask_kl_div
+from kd_plugins.losses.mgd import MGDLoss, mgd
+from kd_plugins.losses.pearson import PearsonLoss, pearson
+from kd_plugins.losses.relation import RelationLoss, relation
 from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 
 __all__ = [
+    'AttentionTransferLoss',
     'BinaryKLDivLoss',
     'BoxIoULoss',
     'BoxL1Loss',
+    'ChannelWiseDivLoss',
     'DKDLoss',
     'FeatureMSELoss',
     'HardLabelLoss',
     'KLDivLoss',
     'LocalizationDistillLoss',
+    'MGDLoss',
     'MaskKLDivLoss',
+    'PearsonLoss',
+    'RelationLoss',
     'YOLOLogitLoss',
+    'attention_transfer',
     'binary_kl_div',
     'box_iou',
     'box_l1',
+    'channel_wise_div',
     'dkd',
     'feature_mse',
     'hard_label',
     'kl_div',
     'localization_distill',
     'mask_kl_div',
+    'mgd',
+    'pearson',
+    'relation',
     'yolo_logit',
 ]

@@ -13,15 +13,20 @@ from torch.nn.functional import softplus
 import kd_plugins.losses as losses
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import (
+    AttentionTransferLoss,
     BinaryKLDivLoss,
     BoxIoULoss,
     BoxL1Loss,
+    ChannelWiseDivLoss,
     DKDLoss,
     FeatureMSELoss,
     HardLabelLoss,
     KLDivLoss,
     LocalizationDistillLoss,
     MaskKLDivLoss,
+    MGDLoss,
+    PearsonLoss,
+    RelationLoss,
     YOLOLogitLoss,
 )
 from kd_plugins.predictions.dense import DensePredictions
@@ -39,6 +44,21 @@ def features(values):
 
 def masks(values):
     return values[4]
+
+
+def maps(values):
+    """Features that vary over the grid, and stay so in the test of large gaps."""
+    return values[4]
+
+
+def activations(values):
+    """Features after an activation, whose sign attention does not ignore."""
+    return softplus(values[4])
+
+
+def embeddings(values):
+    """Several images to relate, also of a batch of two."""
+    return values[0].flatten(0, 1)
 
 
 def predictions(values, activation='sigmoid', obj=True, box_coding='xywh', dist=True):
@@ -93,6 +113,13 @@ class WithLabels(torch.nn.Module):
         return self.loss(student, teacher, target)
 
 
+def mgd_of_the_whole_map():
+    """A generator that does nothing: the random and the trained part have tests of their own."""
+    loss = MGDLoss(mask_ratio=0.0, channels=8)
+    loss.generator = torch.nn.Identity()
+    return loss
+
+
 CASES = {
     'kl': (KLDivLoss(), logits),
     'kl-T1': (KLDivLoss(temperature=1.0), logits),
@@ -115,12 +142,29 @@ CASES = {
     'dkd': (WithLabels(DKDLoss()), logits),
     'dkd-target': (WithLabels(DKDLoss(alpha=2.0, beta=0.0, temperature=1.0)), logits),
     'hard': (HardLabelLoss(), logits),
+    'cwd': (ChannelWiseDivLoss(), maps),
+    'cwd-T1': (ChannelWiseDivLoss(temperature=1.0), maps),
+    'pearson': (PearsonLoss(), maps),
+    'mgd': (mgd_of_the_whole_map(), features),
+    'attention': (AttentionTransferLoss(), activations),
+    'attention-paper': (AttentionTransferLoss(form='paper', p=1.5), activations),
+    'relation': (RelationLoss(), embeddings),
+    'relation-distance': (RelationLoss(angle_weight=0.0), embeddings),
 }
-every_loss = pytest.mark.parametrize('loss, build', CASES.values(), ids=CASES)
+
+
+def every_loss_but(*names):
+    """Every case but those that do not have the property by their nature; what they have instead is in their files."""
+    kept = {k: v for k, v in CASES.items() if k not in names}
+    assert len(kept) == len(CASES) - len(names)
+    return pytest.mark.parametrize('loss, build', kept.values(), ids=kept)
+
+
+every_loss = every_loss_but()
 # A cross-entropy against the teacher's decision is 0 for a certain student, not for an equal one.
-every_divergence = pytest.mark.parametrize(
-    'loss, build', [v for k, v in CASES.items() if k != 'hard'], ids=[k for k in CASES if k != 'hard']
-)
+every_divergence = every_loss_but('hard')
+# Equal for a student that is turned, mirrored or enlarged, and for any embedding size; they couple the images.
+RELATIONS = ('relation', 'relation-distance')
 
 
 def leaves(values):
@@ -147,7 +191,7 @@ def test_positive_scalar_elsewhere(loss, build):
     assert value.shape == () and value > 1e-3
 
 
-@every_loss
+@every_loss_but(*RELATIONS)
 def test_gradient_descent_reaches_the_teacher(loss, build):
     teacher, student = raw(2, 1), leaves(raw(2, 0))
     value = loss(build(student), build(teacher))
@@ -180,7 +224,7 @@ def test_no_gradient_to_the_teacher(loss, build):
     assert any(s.grad is not None for s in student)
 
 
-@every_loss
+@every_loss_but(*RELATIONS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_at_logit_gaps_of_200(loss, build, dtype):
     """Finite, with finite gradients, and as exact as float32 on the same numbers."""
@@ -215,7 +259,7 @@ def test_float64_is_computed_in_float64(loss, build):
     assert value.item() == pytest.approx(single.item(), rel=1e-5) and value.item() != single.item()
 
 
-@every_loss
+@every_loss_but('pearson', *RELATIONS)
 def test_loss_of_a_batch_is_the_mean_over_its_images(loss, build):
     """So it does not depend on batch size, accumulation or the number of GPUs; also with confidence weights."""
     student, teacher = raw(3, 0), raw(3, 1)
@@ -252,7 +296,7 @@ def test_hyper_parameters_are_shown():
     assert repr(KLDivLoss(3.0)) == 'KLDivLoss(temperature=3.0, standardize=False)'
 
 
-@pytest.mark.parametrize('name', ['kl', 'kl-standardize', 'binary', 'ld', 'mask'])
+@pytest.mark.parametrize('name', ['kl', 'kl-standardize', 'binary', 'ld', 'mask', 'cwd'])
 def test_temperature_is_read_at_every_call(name):
     loss, build = CASES[name]
     loss = copy.deepcopy(loss)
@@ -265,7 +309,14 @@ NUMBERS = (-1.0, math.nan, math.inf, '1', None, True, [1.0])
 BAD = [
     *[
         (cls, 'temperature', v)
-        for cls in (KLDivLoss, BinaryKLDivLoss, DKDLoss, LocalizationDistillLoss, MaskKLDivLoss)
+        for cls in (
+            KLDivLoss,
+            BinaryKLDivLoss,
+            ChannelWiseDivLoss,
+            DKDLoss,
+            LocalizationDistillLoss,
+            MaskKLDivLoss,
+        )
         for v in (0, *NUMBERS)
     ],
     *[(YOLOLogitLoss, name, v) for name in ('obj_weight', 'box_weight', 'cls_weight', 'scale') for v in NUMBERS],
@@ -277,6 +328,11 @@ BAD = [
     *[(DKDLoss, name, v) for name in ('alpha', 'beta') for v in NUMBERS],
     *[(YOLOLogitLoss, 'foreground', v) for v in ('cls', 1, None)],
     *[(KLDivLoss, 'standardize', v) for v in ('yes', 1, None)],
+    *[(MGDLoss, 'mask_ratio', v) for v in (1, 1.5, *NUMBERS)],
+    *[(MGDLoss, 'channels', v) for v in (0, 2.0, '8', True)],
+    *[(AttentionTransferLoss, 'form', v) for v in ('squared', 'Paper', None)],
+    *[(AttentionTransferLoss, 'p', v) for v in (0, 0.5, *NUMBERS)],
+    *[(RelationLoss, name, v) for name in ('distance_weight', 'angle_weight') for v in NUMBERS],
 ]
 
 
@@ -290,9 +346,11 @@ def test_bad_hyper_parameters_are_refused(cls, name, value):
 def test_all_weights_zero_is_refused():
     with pytest.raises(DistillError, match='all 0'):
         YOLOLogitLoss(0, 0, 0)
+    with pytest.raises(DistillError, match='both 0'):
+        RelationLoss(0, 0)
 
 
-@every_loss
+@every_loss_but(*RELATIONS)
 def test_different_shapes_are_refused(loss, build):
     """Never broadcast."""
     student = raw(2, 0)
@@ -300,9 +358,20 @@ def test_different_shapes_are_refused(loss, build):
         loss(build(student), build([v[:1] for v in raw(2, 1)]))
 
 
-@pytest.mark.parametrize('function', [losses.kl_div, losses.binary_kl_div, losses.feature_mse])
+@pytest.mark.parametrize(
+    'function',
+    [
+        losses.kl_div,
+        losses.binary_kl_div,
+        losses.feature_mse,
+        losses.channel_wise_div,
+        losses.pearson,
+        losses.attention_transfer,
+        losses.relation,
+    ],
+)
 def test_something_else_than_a_tensor_is_refused(function):
-    tensor = torch.zeros(2, 3)
+    tensor = torch.zeros(2, 3, 4, 4)
     with pytest.raises(DistillError, match='student must be one tensor, got tuple'):
         function((tensor,), tensor)
     with pytest.raises(DistillError, match='teacher must be one tensor, got list'):
