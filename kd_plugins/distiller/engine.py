@@ -312,7 +312,7 @@ class Distiller:
     def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> None:
         built: list[nn.Module] = []
         for student, teacher in pairs:
-            if term.consumes != 'features' or term.adapter is None:
+            if term.consumes != 'features' or term.adapter is None or getattr(term.loss, 'any_grid', False):
                 adapter = None
             elif term.automatic:
                 channels = not getattr(term.loss, 'any_channels', False)
@@ -568,8 +568,7 @@ class Distiller:
             if term.consumes == 'features' and student.dim() == teacher.dim() == 3:
                 # Channels second, as in maps.
                 student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
-            fixed = slice(2, None) if getattr(term.loss, 'any_channels', False) else slice(None)
-            if student.dim() != teacher.dim() or student.shape[fixed] != teacher.shape[fixed]:
+            if not _fit(term.loss, student, teacher):
                 advice = "write adapter='auto'" if term.adapter is None else 'choose taps or an adapter that fit'
                 raise DistillError(
                     f'student {str(term.student)!r} is {_shapes([student])} but teacher {str(term.teacher)!r} is '
@@ -587,6 +586,16 @@ class Distiller:
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _fit(loss: nn.Module, student: Tensor, teacher: Tensor) -> bool:
+    """Whether the shapes are what a loss can compare."""
+    if student.shape[:1] != teacher.shape[:1]:
+        return False
+    if getattr(loss, 'any_grid', False):
+        return True
+    start = 2 if getattr(loss, 'any_channels', False) else 1
+    return student.dim() == teacher.dim() and student.shape[start:] == teacher.shape[start:]
 
 
 class _Identity(nn.Module):

@@ -126,6 +126,7 @@ class RelationLoss(nn.Module):
 
     consumes = 'features'
     any_channels = True
+    any_grid = True
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()
