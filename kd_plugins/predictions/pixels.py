@@ -144,7 +144,15 @@ def map_labels(target: Tensor, known: Sequence[int] | None, ignored: Sequence[in
 
     Returns:
         ``(B, H, W)`` labels; ``target`` itself when nothing changes.
+
+    Raises:
+        DistillError: ``ignore_index`` would be the number of a class as well.
     """
+    if known is not None and 0 <= ignore_index < len(known):
+        raise DistillError(
+            f'ignore_index={ignore_index} is also the number of a class once classes are matched by name; leave it at '
+            '255: what the head itself ignores is ignored in any case.'
+        )
     result = target
     for label in ignored:
         if label is not None and label != ignore_index:
@@ -154,5 +162,4 @@ def map_labels(target: Tensor, known: Sequence[int] | None, ignored: Sequence[in
     mapped = torch.full_like(result, ignore_index)
     for new, old in enumerate(known):
         mapped.masked_fill_(result == old, new)
-    # A class of the student may have the number that stands for "ignored".
-    return mapped.masked_fill_(result == ignore_index, ignore_index)
+    return mapped

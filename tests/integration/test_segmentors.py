@@ -184,7 +184,7 @@ def test_heads_with_other_training_forms(training):
         ),
         'PIDHead': (
             dict(in_channels=8, channels=8, loss_decode=[dict(type='CrossEntropyLoss')] * 4),
-            (maps[0], maps[0], maps[0][:, :4]) if training else maps[0],
+            (maps[0][:, :4], maps[0], maps[0][:, :4]) if training else maps[0],
             lambda out: out[1] if training else out,
         ),
     }
