@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ def align_pixels(
     if classes is not None:
         sides = []
         for predictions, index in zip((student, teacher), classes, strict=True):
-            chosen = torch.as_tensor(list(index), device=predictions.logits.device)
+            chosen = _numbers(tuple(index), predictions.logits.device)
             sides.append(predictions.replace(logits=predictions.logits.index_select(1, chosen)))
         student, teacher = sides
     if student.logits.shape[1] != teacher.logits.shape[1]:
@@ -159,7 +160,16 @@ def map_labels(target: Tensor, known: Sequence[int] | None, ignored: Sequence[in
             result = result.masked_fill(target == label, ignore_index)
     if known is None:
         return result
-    mapped = torch.full_like(result, ignore_index)
+    new_of = [ignore_index] * (max(known) + 2)
     for new, old in enumerate(known):
-        mapped.masked_fill_(result == old, new)
-    return mapped
+        new_of[old] = new
+    # The last entry stands for every label beyond the classes, "ignored" among them.
+    table = _numbers(tuple(new_of), result.device)
+    beyond = (result < 0) | (result >= len(new_of))
+    return table[result.masked_fill(beyond, len(new_of) - 1).long()].to(result.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Moved once, because a copy from the CPU makes the host wait for the GPU."""
+    return torch.tensor(values, device=device)

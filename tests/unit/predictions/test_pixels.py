@@ -107,7 +107,7 @@ def test_a_class_whose_number_means_ignored_is_refused():
     with pytest.raises(DistillError, match=r'ignore_index=1 is also the number of a class.*255'):
         map_labels(torch.tensor([[[0, 1, 2]]]), [0, 2], (), 1)
     # A class that nobody compares may have the number 255.
-    assert map_labels(torch.tensor([[[0, 255]]]), [0], (), 255).tolist() == [[[0, 255]]]
+    assert map_labels(torch.tensor([[[0, 255, -1]]]), [0], (), 255).tolist() == [[[0, 255, 255]]]
 
 
 class Head(nn.Module):
