@@ -42,6 +42,8 @@ def kd(teacher, recipe):
         ('localization', 'gfl', 8, 'GFL'),
         ('feature', 'yolox', 8, 'DistilledYOLOX'),  # other widths: trainable adapters, the model form
         ('feature', 'yolox', 4, 'YOLOX'),  # equal widths: no adapter, the hook form
+        ('pkd', 'yolox', 4, 'YOLOX'),
+        ('mgd', 'yolox', 4, 'DistilledYOLOX'),  # its generator is trained, whatever the widths
     ],
 )
 def test_kd_option_distils_a_plain_config_in_the_form_it_needs(lab, runners, recipe, family, width, cls):
