@@ -27,8 +27,13 @@ def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
     close = difflib.get_close_matches(str(value), names, count, 0.6)
     if close:
         return 'did you mean ' + ' or '.join(repr(c) for c in close) + '?'
-    shown = ', '.join(repr(n) for n in names[:20])
-    return f'choose from: {shown}{", ..." if len(names) > 20 else "."}'
+    shown, room = [], 300
+    for name in names[:20]:
+        room -= len(name)
+        if shown and room < 0:
+            break
+        shown.append(repr(name))
+    return f'choose from: {", ".join(shown)}{", ..." if len(names) > len(shown) else "."}'
 
 
 def check_keys(given: Iterable[str], allowed: Iterable[str], where: str) -> None:

@@ -1,7 +1,7 @@
 """The engine: taps, teacher, terms, schedules and the summary. Knows torch, losses, adapters and predictions only."""
 
 from kd_plugins.distiller.checkpoints import find_weights, load_checkpoint
-from kd_plugins.distiller.engine import AdapterBank, Distiller, Position
+from kd_plugins.distiller.engine import AdapterBank, CannotRunError, Distiller, Position
 from kd_plugins.distiller.pixels import ULTRALYTICS, PixelFormat, Renormalize, Resized
 from kd_plugins.distiller.sources import build_source, find_source, register_teacher, teacher_kind
 from kd_plugins.distiller.summary import summary
@@ -12,6 +12,7 @@ from kd_plugins.distiller.terms import Term, build_terms
 __all__ = [
     'ULTRALYTICS',
     'AdapterBank',
+    'CannotRunError',
     'Capture',
     'Distiller',
     'PixelFormat',

@@ -16,6 +16,7 @@ from kd_plugins.distiller.taps import Call, Capture, find_module
 from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError
+from kd_plugins.losses import BinaryKLDivLoss, HardLabelLoss, KLDivLoss
 from kd_plugins.predictions import (
     DensePredictions,
     PixelPredictions,
@@ -36,6 +37,10 @@ FORMS: dict[str, type[DensePredictions] | type[PixelPredictions]] = {
     'predictions': DensePredictions,
     'segmentation': PixelPredictions,
 }
+
+
+class CannotRunError(DistillError):
+    """A model does not take the images of the start-up check; another size may do."""
 
 
 class AdapterBank(nn.Module):
@@ -200,6 +205,24 @@ class Distiller:
         return term.weight(self.position.progress)
 
     # ------------------------------------------------------------------ before the first iteration
+    def check_heads(self) -> None:
+        """Refuse terms on whole heads that cannot be read.
+
+        Raises:
+            DistillError: A head has no reader for what the term's loss compares.
+        """
+        for term in self.terms.values():
+            if term.consumes in FORMS:
+                for side, model, tap in (
+                    ('student', self.student, term.student),
+                    ('teacher', self.teacher.model, term.teacher),
+                ):
+                    module = find_module(model, tap.module, side)
+                    try:
+                        find_reader(module, FORMS[term.consumes])
+                    except DistillError as error:
+                        raise DistillError(f'term {term.name!r}: {side} {tap.module!r}: {error}') from error
+
     def dry_run(
         self,
         inputs: Tensor,
@@ -225,18 +248,8 @@ class Distiller:
         Raises:
             DistillError: A tap does not run or shapes do not fit.
         """
-        for term in self.terms.values():
-            if term.consumes in FORMS:
-                # Before anything runs: some of these models cannot even be run without annotations.
-                for side, model, tap in (
-                    ('student', self.student, term.student),
-                    ('teacher', self.teacher.model, term.teacher),
-                ):
-                    module = find_module(model, tap.module, side)
-                    try:
-                        find_reader(module, FORMS[term.consumes])
-                    except DistillError as error:
-                        raise DistillError(f'term {term.name!r}: {side} {tap.module!r}: {error}') from error
+        # Before anything runs: some of these models cannot even be run without annotations.
+        self.check_heads()
         modes = [(m, m.training) for m in self.student.modules()]
         capture = self.capture()
         try:
@@ -246,7 +259,8 @@ class Distiller:
                     # Only the head's own flag: it returns its training form while BN statistics stay. Heads of
                     # segmentors stay in evaluation: their training form needs a backbone in training as well.
                     module.training = True
-            with torch.no_grad(), capture:
+            # With gradients, to see which taps have one.
+            with torch.enable_grad(), capture, _running('student', self.student, inputs):
                 capture.image_size = tuple(inputs.shape[-2:])
                 run_student(self.student, inputs, samples, tuple(capture.modules))
         finally:
@@ -254,7 +268,8 @@ class Distiller:
                 module.training = training
         shared = _Shared(target=self._labels(inputs, samples))
         with torch.no_grad():
-            taught = self._run_teacher(inputs, samples, list(self.terms.values()))
+            with _running('teacher', self.teacher.model, inputs):
+                taught = self._run_teacher(inputs, samples, list(self.terms.values()))
             rows = [self._check_term(term, capture, taught, build_adapters, shared) for term in self.terms.values()]
             if check_values:
                 for term in self.terms.values():
@@ -264,7 +279,9 @@ class Distiller:
     def _check_term(self, term: Term, student: Capture, teacher: Capture, build: bool, shared: _Shared) -> Row:
         where = f'term {term.name!r}'
         try:
-            form = self._form(term, student, teacher)
+            form = self._form(term)
+            if not term.always_zero:
+                _refuse_frozen(term, student.maps(term.student))
             if form is not None and term.consumes != 'features':
                 if build and not self._has_parts(term):
                     self._keep(term, nn.ModuleList())
@@ -282,6 +299,12 @@ class Distiller:
                 adapter = self._describe_adapters(term, pairs)
         except DistillError as error:
             raise DistillError(f'{where}: {error}') from error
+        except Exception as error:
+            sides = [f'{tap} ({_shapes(c.maps(tap))})' for c, tap in ((student, term.student), (teacher, term.teacher))]
+            raise DistillError(
+                f'{where}: its adapter or {type(term.loss).__name__} fails on student {sides[0]} and teacher '
+                f'{sides[1]}: {_in_words(error)}; correct their options.'
+            ) from error
         if value.dim() != 0:
             raise DistillError(f'{where}: {type(term.loss).__name__} must return a scalar, got {tuple(value.shape)}.')
         return Row(
@@ -298,7 +321,7 @@ class Distiller:
 
     def _refuse_nan(self, term: Term, student: Capture, teacher: Capture, shared: _Shared) -> None:
         tensors = teacher.maps(term.teacher)
-        if self._form(term, student, teacher) is DensePredictions:
+        if self._form(term) is DensePredictions:
             # Large raw outputs are finite, but the boxes decoded from them may not be.
             _, decoded = self._predictions(term, student, teacher, shared, DensePredictions)
             tensors = [*tensors, *(t for t in (decoded.cls, decoded.obj, decoded.ltrb) if t is not None)]
@@ -410,7 +433,7 @@ class Distiller:
         return self._targets(inputs, samples) if self._targets is not None else None
 
     def _term_loss(self, term: Term, student: Capture, teacher: Capture, shared: _Shared) -> Tensor:
-        form = self._form(term, student, teacher)
+        form = self._form(term)
         if form is not None and term.consumes != 'features':
             s, t = self._predictions(term, student, teacher, shared, form)
             source = s.cls if isinstance(s, DensePredictions) else s.logits
@@ -419,19 +442,21 @@ class Distiller:
             pairs = self._pairs(term, student, teacher, shared, form)
             source = pairs[0][0]
             value = self._tensor_loss(term, pairs, student, shared)
-        if not source.requires_grad and torch.is_grad_enabled():
-            raise DistillError(
-                f'the student tap {str(term.student)!r} carries no gradient, so distilling there trains nothing; '
-                'it is frozen, or inside an activation-checkpointed module: tap a trainable module, or the '
-                'checkpointed module itself.'
-            )
+        if torch.is_grad_enabled():
+            # Again: other than in the dry run, the model trains now, and may have been frozen since.
+            _refuse_frozen(term, [source])
         return value
 
-    def _form(self, term: Term, student: Capture, teacher: Capture) -> type[Predictions] | None:
+    @property
+    def by_class(self) -> bool:
+        """Whether a term compares class by class, so that the classes of student and teacher must be matched."""
+        return any(t.consumes in FORMS or self._form(t) is not None for t in self.terms.values())
+
+    def _form(self, term: Term) -> type[Predictions] | None:
         """The form that both sides of a term are read into; None: its tensors are compared as they are."""
         sides = (
-            ('student', student.modules[term.student.module], term.student),
-            ('teacher', teacher.modules[term.teacher.module], term.teacher),
+            ('student', find_module(self.student, term.student.module, 'student'), term.student),
+            ('teacher', find_module(self.teacher.model, term.teacher.module, 'teacher'), term.teacher),
         )
         wanted = FORMS.get(term.consumes)
         if wanted is not None:
@@ -491,13 +516,19 @@ class Distiller:
         if getattr(loss, 'consumes', None) != 'segmentation':
             if getattr(loss, 'needs_target', False):
                 raise DistillError(f'{name} does not know which pixels to ignore; use PixelwiseKLDivLoss.')
+            kind = 'softmax' if student.binary else student.activation
+            if any(isinstance(loss, types) and kind != right for right, types in _KINDS.items()):
+                raise DistillError(
+                    f'{name} does not suit these heads, whose classes are {_KIND_WORDS[kind]}; write '
+                    f"loss=dict(type='PixelwiseKLDivLoss', sigmoid={kind == 'sigmoid'})."
+                )
             student, teacher = common_grid(student, teacher)
             return loss(_full(student.class_logits()), _full(teacher.class_logits()))
         many = student.activation == 'sigmoid' and not student.binary
         if hasattr(loss, 'sigmoid') and loss.sigmoid != many and not student.binary:
-            kind = 'a sigmoid each' if many else 'a softmax together'
             raise DistillError(
-                f'{name} has sigmoid={loss.sigmoid}, but the classes of these heads are {kind}; write '
+                f'{name} has sigmoid={loss.sigmoid}, but the classes of these heads are '
+                f'{_KIND_WORDS[student.activation]}; write '
                 f"loss=dict(type='{name}', sigmoid={many})."
             )
         if not getattr(loss, 'needs_target', False):
@@ -582,6 +613,41 @@ class Distiller:
                 else:
                     values.append(loss(_full(student), _full(teacher)))
         return torch.stack(values).mean()
+
+
+#: Losses on logits that are meant for one kind of classes.
+_KINDS = {'softmax': (HardLabelLoss, KLDivLoss), 'sigmoid': (BinaryKLDivLoss,)}
+_KIND_WORDS = {'softmax': 'a softmax together', 'sigmoid': 'a sigmoid each'}
+
+
+@contextmanager
+def _running(side: str, model: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Names the model, where an exception of its own would only say what it stumbled over."""
+    try:
+        yield
+    except DistillError as error:
+        raise DistillError(f'{side}: {error}') from error
+    except Exception as error:
+        advice = 'data_preprocessor.size' if side == 'student' else 'teacher.input_size=(height, width)'
+        raise CannotRunError(
+            f'The {side} ({type(model).__name__}) cannot be run on an RGB image of '
+            f'{"x".join(map(str, inputs.shape[-2:]))} pixels: {_in_words(error)}; if it was made for one size only, '
+            f'write that as {advice}.'
+        ) from error
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:200].rstrip(".")}'
+
+
+def _refuse_frozen(term: Term, tensors: Sequence[Tensor]) -> None:
+    if not any(t.requires_grad for t in tensors):
+        raise DistillError(
+            f'the student tap {str(term.student)!r} carries no gradient, so distilling there trains nothing; '
+            'it is frozen, or inside an activation-checkpointed module: tap a trainable module, or the '
+            'checkpointed module itself.'
+        )
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -82,10 +82,13 @@ def find_module(model: nn.Module, path: str, where: str) -> nn.Module:
         if child is None:
             place = '.'.join(walked) or type(model).__name__
             children = [name for name, value in module._modules.items() if value is not None]
-            everything = [name for name, _ in model.named_modules() if name]
-            hint = nearest(path, everything)
-            below = f' {place} has the children {", ".join(map(repr, children))}.' if children else ''
-            raise DistillError(f'{where}: {type(model).__name__} has no module {path!r}; {hint}{below}')
+            hint = nearest(path, [name for name, _ in model.named_modules() if name])
+            below = f'{place} has the children {", ".join(map(repr, children))}.' if children else ''
+            # Where nothing is close, the children alone say more than the first of hundreds of paths.
+            hints = [below] if below and hint.startswith('choose') else [hint, below]
+            raise DistillError(
+                f'{where}: {type(model).__name__} has no module {path!r}; {" ".join(h for h in hints if h)}'
+            )
         module = child
         walked.append(part)
     return module

@@ -142,6 +142,11 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
             raise DistillError(f"{where} needs 'loss', 'student' and 'teacher'; {key!r} is missing.")
     loss = build_named(cfg['loss'], losses, f'{where}: loss', 'loss', resolve)
     consumes = getattr(loss, 'consumes', 'features')
+    if consumes == 'masks':
+        raise DistillError(
+            f'{where}: {type(loss).__name__} compares masks of instances, which only the Ultralytics side of this '
+            'package computes (its option mask); for class logits per pixel use PixelwiseKLDivLoss.'
+        )
     if consumes not in CONSUMES:
         raise DistillError(f'{where}: loss.consumes must be one of {", ".join(map(repr, CONSUMES))}, got {consumes!r}.')
     temperature = None
@@ -152,7 +157,8 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     adapter = cfg.get('adapter', 'auto')
     _check_adapter(adapter, where)
     if adapter not in ('auto', None) and consumes != 'features':
-        raise DistillError(f'{where}: {type(loss).__name__} compares {consumes}, which take no adapter; remove it.')
+        what = 'class logits of pixels' if consumes == 'segmentation' else consumes
+        raise DistillError(f'{where}: {type(loss).__name__} compares {what}, which take no adapter; remove it.')
     return Term(
         name=name,
         loss=loss,

@@ -39,13 +39,7 @@ def run_modules(model: nn.Module, inputs: Any, samples: Any, modules: Sequence[s
     if all(head in _ON_FEATURES for head in heads):
         features = model.extract_feat(inputs)
         for name in heads:
-            try:
-                _run_heads(getattr(model, name), features, [m for m in modules if m.split('.')[0] == name])
-            except TypeError as error:
-                kind = type(getattr(model, name)).__name__
-                raise DistillError(
-                    f'{name} ({kind}) cannot be run on features alone ({error}); tap backbone or neck.'
-                ) from error
+            _run_heads(name, getattr(model, name), features, [m for m in modules if m.split('.')[0] == name])
         return
     try:
         model(inputs, samples, mode='tensor')
@@ -56,17 +50,26 @@ def run_modules(model: nn.Module, inputs: Any, samples: Any, modules: Sequence[s
         ) from error
 
 
-def _run_heads(head: nn.Module, features: Any, modules: Sequence[str]) -> None:
+def _run_heads(name: str, head: nn.Module, features: Any, modules: Sequence[str]) -> None:
     if not isinstance(head, nn.ModuleList):
-        head.forward(features)
+        _run_head(name, head, features)
         return
     # Later stages may not even run on features alone (PointRend's samples points).
     needed = max(int(path.split('.')[1]) for path in modules)
     output = None
-    for stage in head[: needed + 1]:
+    for i, stage in enumerate(head[: needed + 1]):
         # The stages of a cascade refine what the one before has found; other lists are heads side by side.
         refines = 'prev_output' in inspect.signature(type(stage).forward).parameters
-        output = stage.forward(features, output) if refines else stage.forward(features)
+        output = _run_head(f'{name}.{i}', stage, features, *([output] if refines else []))
+
+
+def _run_head(name: str, head: nn.Module, *inputs: Any) -> Any:
+    try:
+        return head.forward(*inputs)
+    except TypeError as error:
+        raise DistillError(
+            f'{name} ({type(head).__name__}) cannot be run on features alone ({error}); tap backbone or neck.'
+        ) from error
 
 
 def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
@@ -81,14 +84,16 @@ def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
         The last stage for the ``decode_head`` of a cascade, which is what predicts; otherwise the tap itself.
 
     Raises:
-        DistillError: It names another list.
+        DistillError: It names another list, or an output of a list.
     """
     module = find_module(model, tap.module, side)
     if not isinstance(module, nn.ModuleList) or not len(module):
         return tap
-    if tap.module == 'decode_head':
+    if tap.module == 'decode_head' and tap.index is None:
         return replace(tap, module=f'decode_head.{len(module) - 1}')
+    number = 0 if tap.index is None else min(max(tap.index, 0), len(module) - 1)
+    written = '' if tap.index is None else f' instead of {str(tap)!r}'
     raise DistillError(
         f'{side} {tap.module!r} is a list of {len(module)} modules, which does not run itself; write one of them, '
-        f"e.g. '{tap.module}.0'."
+        f"e.g. '{tap.module}.{number}'{written}."
     )

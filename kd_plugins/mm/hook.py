@@ -90,15 +90,18 @@ class DistillHook(Hook):
         self._refuse_self_teaching(runner, options)
         self._refuse_unread(runner, options, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         teacher, notes = build_teacher(options['teacher'], model)
-        names = _dataset_classes(runner)
-        classes = match_classes(
-            names,
-            teacher.classes,
-            student_count=num_classes(model),
-            teacher_count=teacher.num_classes,
-        )
         held = getattr(model, BANK, None)
-        self.distiller = build_distiller(model, teacher, options, held, classes=classes)
+        self.distiller = build_distiller(model, teacher, options, held)
+        # First: that a head predicts no classes explains why their numbers differ.
+        self.distiller.check_heads()
+        names = _dataset_classes(runner)
+        if self.distiller.by_class:
+            self.distiller.classes = match_classes(
+                names,
+                teacher.classes,
+                student_count=num_classes(model),
+                teacher_count=teacher.num_classes,
+            )
         rows = dry_run(self.distiller)
         if held is None and any(True for _ in self.distiller.bank.parameters()):
             raise DistillError(_model_form_lines(self.distiller))
@@ -113,7 +116,7 @@ class DistillHook(Hook):
                 teacher,
                 student=type(model).__name__,
                 student_parameters=sum(p.numel() for n, p in model.named_parameters() if not n.startswith(BANK)),
-                classes=_classes_text(names, teacher.classes, classes),
+                classes=_classes_text(names, teacher.classes, self.distiller),
                 schedule=schedule_text(self.distiller, unit, total),
                 notes=notes,
             )
@@ -277,7 +280,10 @@ def _dataset_classes(runner: Any) -> tuple | None:
     return None if names is None or isinstance(names, str) else tuple(names)
 
 
-def _classes_text(student: Any, teacher: Any, classes: Any) -> str:
+def _classes_text(student: Any, teacher: Any, distiller: Distiller) -> str:
+    classes = distiller.classes
+    if not distiller.by_class:
+        return 'not compared'
     if classes is not None:
         return f'{len(classes[0])} of {len(student)} student classes taught by name (teacher knows {len(teacher)})'
     if student is None or teacher is None:

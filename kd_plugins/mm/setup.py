@@ -10,13 +10,13 @@ from mmengine.registry import MODELS
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
-from kd_plugins.distiller import AdapterBank, Distiller, Teacher, build_terms, untouched_rng
+from kd_plugins.distiller import AdapterBank, CannotRunError, Distiller, Teacher, build_terms, untouched_rng
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.forward import run_modules, settle
 from kd_plugins.mm.inputs import normalize
 from kd_plugins.mm.targets import labels
-from kd_plugins.mm.teacher import build_untrained
+from kd_plugins.mm.teacher import build_untrained, num_classes
 
 DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop', 'alpha')
 
@@ -97,13 +97,24 @@ def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
         DistillError: A tap does not run, shapes do not fit, or the teacher returns NaN.
     """
     first = next(distiller.student.parameters())
-    with untouched_rng():
+    preprocessor = getattr(distiller.student, 'data_preprocessor', None)
+
+    def run(size: tuple[int, int]) -> list[Row]:
         # Not white noise: detectors that were trained on pictures answer it with logits in the hundreds, and boxes
         # decoded from those are infinite. Flat grey is what they are padded with.
-        noise = torch.rand(1, 3, DRY_RUN_SIZE, DRY_RUN_SIZE, device=first.device) - 0.5
-        pixels = GREY + NOISE * noise
-        image = normalize(pixels, getattr(distiller.student, 'data_preprocessor', None)).to(first.dtype)
+        pixels = GREY + NOISE * (torch.rand(1, 3, *size, device=first.device) - 0.5)
+        image = normalize(pixels, preprocessor).to(first.dtype)
         return distiller.dry_run(image, None, run_modules, check_values=check_values)
+
+    with untouched_rng():
+        try:
+            return run((DRY_RUN_SIZE, DRY_RUN_SIZE))
+        except CannotRunError:
+            # Some networks take the size of their training crops only (BEiT's relative positions).
+            crop = getattr(preprocessor, 'size', None)
+            if not isinstance(crop, (tuple, list)) or len(crop) != 2:
+                raise
+            return run((int(crop[0]), int(crop[1])))
 
 
 def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
@@ -116,8 +127,11 @@ def build_bank(student: nn.Module, distill: Mapping[str, Any]) -> AdapterBank:
     """
     check_options(distill)
     teacher = build_untrained(distill['teacher'], student)
+    counts = num_classes(student), teacher.num_classes
+    # Which class is which cannot be known here, where there is no data set yet; for shapes any will do.
+    classes = None if None in counts or counts[0] == counts[1] else (range(min(counts)), range(min(counts)))
     with untouched_rng():
-        distiller = build_distiller(student, teacher, distill)
+        distiller = build_distiller(student, teacher, distill, classes=classes)
         dry_run(distiller, check_values=False)
     return distiller.bank
 

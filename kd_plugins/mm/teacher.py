@@ -31,6 +31,8 @@ from kd_plugins.mm.forward import run_modules
 from kd_plugins.mm.inputs import TeacherInputs, pixel_format
 
 TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
+#: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
+MIN_SIDE = 32
 
 
 def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
@@ -116,7 +118,7 @@ def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
         return build_teacher(cfg, student)[0]
     model, _ = build_architecture(cfg)
     inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model)
-    return Teacher(model, run_modules, inputs, name=config_name(cfg))
+    return Teacher(model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model))
 
 
 def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> TeacherInputs | Resized:
@@ -132,16 +134,19 @@ def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> Te
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 16:
-            raise DistillError(f'teacher.input_scale must be a factor in (0, 16], e.g. 2.0, got {scale!r}.')
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1 / 16 <= scale <= 16:
+            raise DistillError(f'teacher.input_scale must be a factor from 1/16 to 16, e.g. 2.0, got {scale!r}.')
         return Resized(inputs, float(scale))
     sides = [size, size] if isinstance(size, int) and not isinstance(size, bool) else size
     if (
         not isinstance(sides, (list, tuple))
         or len(sides) != 2
-        or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides)
+        or any(isinstance(s, bool) or not isinstance(s, int) or s < MIN_SIDE for s in sides)
     ):
-        raise DistillError(f'teacher.input_size must be pixels or (height, width), e.g. (512, 1024), got {size!r}.')
+        raise DistillError(
+            f'teacher.input_size must be pixels or (height, width), each at least {MIN_SIDE}, e.g. (512, 1024), got '
+            f'{size!r}.'
+        )
     return Resized(inputs, (sides[0], sides[1]))
 
 

@@ -28,6 +28,7 @@ from kd_plugins.predictions.dense import DensePredictions
 from kd_plugins.predictions.pixels import PixelPredictions
 
 Form = type[DensePredictions] | type[PixelPredictions]
+_KINDS: dict[Form, str] = {DensePredictions: 'detection', PixelPredictions: 'segmentation'}
 Reader = Callable[..., DensePredictions | PixelPredictions]
 
 # A class that overrides one of these between the head and the class that the reader was written for gives the
@@ -117,6 +118,12 @@ def find_reader(head: nn.Module, form: Form = DensePredictions) -> Reader:
             own = [m for m in (PIXEL_DECODING if form is PixelPredictions else DECODING) if m in vars(cls)]
             if own:
                 override = f'{cls.__name__}.{own[0]}'
+    for other, kind in _KINDS.items():
+        if other is not form and any(_lookup(_readers[other], cls) is not None for cls in type(head).__mro__):
+            raise DistillError(
+                f'Predictions of {name} cannot be read: it is a {kind} head, but this loss compares {_KINDS[form]} '
+                f'heads; take a loss for {kind}, or tap features.'
+            )
     raise _refusal(name, form)
 
 

@@ -48,14 +48,15 @@ _MODELS = {
     ),
     'segformer': (
         _base('segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py'),
-        f'model = dict({_INPUT}, backbone=dict(embed_dims={{w}}, num_layers=[1, 1, 1, 1], init_cfg=None), decode_head=dict('
-        f'\n    in_channels=[{{w}}, {{w}} * 2, {{w}} * 5, {{w}} * 8], channels=16, num_classes={{classes}}, {_BN}))\n',
+        f'model = dict({_INPUT}, backbone=dict(embed_dims={{w}}, num_layers=[1, 1, 1, 1], init_cfg=None),\n'
+        f'    decode_head=dict(in_channels=[{{w}}, {{w}} * 2, {{w}} * 5, {{w}} * 8], channels=16, num_classes={{classes}}, {_BN}))\n',
     ),
     'ocr': (
         _base('ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py'),
         f'stage = dict(num_classes={{classes}}, {_BN}, dropout_ratio=0.1, align_corners=False)\n'
-        f'model = dict({_INPUT}, backbone=dict(depth=18, base_channels={{w}}, stem_channels={{w}}, {_BN}), decode_head=[\n'
-        "    dict(type='FCNHead', in_channels={w} * 4, in_index=2, channels=8, num_convs=1, concat_input=False, **stage),\n"
+        f'model = dict({_INPUT}, backbone=dict(depth=18, base_channels={{w}}, stem_channels={{w}}, {_BN}),\n'
+        "    decode_head=[dict(type='FCNHead', in_channels={w} * 4, in_index=2, channels=8, num_convs=1,\n"
+        '        concat_input=False, **stage),\n'
         "    dict(type='OCRHead', in_channels={w} * 8, in_index=3, channels=16, ocr_channels=8, **stage)])\n"
         'del stage\n',
     ),
@@ -83,7 +84,8 @@ optim_wrapper = dict(
     _delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4))
 param_scheduler = [dict(type='LinearLR', start_factor=0.2, by_epoch=False, begin=0, end=6)]
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=100))
-custom_hooks = [dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.01, update_buffers=True, priority=49)]
+custom_hooks = [
+    dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.01, update_buffers=True, priority=49)]
 auto_scale_lr = dict(enable=False, base_batch_size=2)
 env_cfg = dict(dist_cfg=dict(backend='gloo'))
 vis_backends = []

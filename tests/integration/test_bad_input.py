@@ -162,7 +162,7 @@ CASES = [
         term(dict(NECK, adapter=dict(type='ConvAdaptor'))),
         says=("'ConvAdaptor'", "did you mean 'ConvAdapter'"),
     ),
-    case('adapter is a name', term(dict(NECK, adapter='none')), says=("'none'", "'auto', None or dict(type=...)")),
+    case('adapter is a name', term(dict(NECK, adapter='none')), says=("'none'", "'auto', None, dict(type=...)")),
     case(
         'adapter on predictions',
         put('terms.logits.adapter', dict(type='ResizeAdapter')),

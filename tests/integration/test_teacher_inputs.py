@@ -66,9 +66,9 @@ def test_batch_augmentations_of_the_student_are_kept(augmentation):
     each network's own pad value: those are left out."""
     augments = {
         'BatchSyncRandomResize': dict(
-            type='BatchSyncRandomResize', random_size_range=(128, 160), size_divisor=32, interval=1
+            type='mmdet.BatchSyncRandomResize', random_size_range=(128, 160), size_divisor=32, interval=1
         ),
-        'BatchFixedSizePad': dict(type='BatchFixedSizePad', size=(128, 160), img_pad_value=0, pad_mask=False),
+        'BatchFixedSizePad': dict(type='mmdet.BatchFixedSizePad', size=(128, 160), img_pad_value=0, pad_mask=False),
     }[augmentation]
     # The random resize asks the running Runner for its iteration.
     MessageHub.get_current_instance().update_info('iter', 0)

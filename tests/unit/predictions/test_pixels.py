@@ -144,8 +144,10 @@ def own_registry(monkeypatch):
 def test_forms_are_kept_apart(own_registry):
     assert readable(Head(), PixelPredictions) and not readable(Head())
     assert torch.equal(read(Head(), logits(), form=PixelPredictions).logits, logits())
-    with pytest.raises(DistillError, match='Supported heads: none yet'):
+    with pytest.raises(DistillError, match='it is a segmentation head, but this loss compares detection heads'):
         find_reader(Head())
+    with pytest.raises(DistillError, match='Supported heads: none yet'):
+        find_reader(nn.Linear(1, 1))
     with pytest.raises(DistillError, match=r"register_reader\('Linear', form=PixelPredictions\)"):
         find_reader(nn.Linear(1, 1), PixelPredictions)
 
