@@ -1,4 +1,4 @@
-"""What distillation costs per training step: ``python tools/benchmark.py --help``."""
+"""What distillation costs per training step, or a dense loss (``--loss``): ``python tools/benchmark.py --help``."""
 
 import argparse
 import sys
@@ -11,8 +11,12 @@ ZOOS = {'mm': 'kd_plugins.mm.benchmark', 'yolo': 'kd_plugins.yolo.benchmark'}
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--zoo', choices=ZOOS, default='mm')
+    parser.add_argument('--loss', nargs='*')
     chosen, rest = parser.parse_known_args()
+    module = ZOOS[chosen.zoo]
+    if chosen.loss is not None:
+        module, rest = 'kd_plugins.benchmark_losses', [*rest, '--loss', *chosen.loss]
     try:
-        import_module(ZOOS[chosen.zoo]).main(rest)
+        import_module(module).main(rest)
     except DistillError as error:
         sys.exit(f'error: {error}')

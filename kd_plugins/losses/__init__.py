@@ -4,8 +4,9 @@ Every loss returns a scalar that is 0 when student and teacher agree (except ``H
 ``MGDLoss``, which has to recover what it hides), computes in float32 outside autocast (float64 stays), sends no
 gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is given:
 ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors), ``'predictions'`` (two aligned
-``DensePredictions``) or ``'masks'`` (two ``(B, K, H, W)`` maps of mask logits); a loss with ``needs_target`` takes the
-labels as third argument. Only torch is needed::
+``DensePredictions``), ``'masks'`` (two ``(B, K, H, W)`` maps of mask logits) or ``'segmentation'`` (two
+``(B, C, H, W)`` maps of class logits, whose grids may differ); a loss with ``needs_target`` takes the labels as third
+argument. Only torch is needed::
 
     from kd_plugins.losses import KLDivLoss, kl_div
 
@@ -26,6 +27,7 @@ from kd_plugins.losses.localization_distill import LocalizationDistillLoss, loca
 from kd_plugins.losses.mask_kl_div import MaskKLDivLoss, mask_kl_div
 from kd_plugins.losses.mgd import MGDLoss, mgd
 from kd_plugins.losses.pearson import PearsonLoss, pearson
+from kd_plugins.losses.pixelwise_kl_div import PixelwiseKLDivLoss, pixelwise_kl_div
 from kd_plugins.losses.relation import RelationLoss, relation
 from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 
@@ -43,6 +45,7 @@ __all__ = [
     'MGDLoss',
     'MaskKLDivLoss',
     'PearsonLoss',
+    'PixelwiseKLDivLoss',
     'RelationLoss',
     'YOLOLogitLoss',
     'attention_transfer',
@@ -58,6 +61,7 @@ __all__ = [
     'mask_kl_div',
     'mgd',
     'pearson',
+    'pixelwise_kl_div',
     'relation',
     'yolo_logit',
 ]

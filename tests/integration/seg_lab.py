@@ -49,7 +49,8 @@ _MODELS = {
     'segformer': (
         _base('segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py'),
         f'model = dict({_INPUT}, backbone=dict(embed_dims={{w}}, num_layers=[1, 1, 1, 1], init_cfg=None),\n'
-        f'    decode_head=dict(in_channels=[{{w}}, {{w}} * 2, {{w}} * 5, {{w}} * 8], channels=16, num_classes={{classes}}, {_BN}))\n',
+        f'    decode_head=dict(in_channels=[{{w}}, {{w}} * 2, {{w}} * 5, {{w}} * 8], channels=16,\n'
+        f'        num_classes={{classes}}, {_BN}))\n',
     ),
     'ocr': (
         _base('ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py'),

@@ -26,6 +26,7 @@ from kd_plugins.losses import (
     MaskKLDivLoss,
     MGDLoss,
     PearsonLoss,
+    PixelwiseKLDivLoss,
     RelationLoss,
     YOLOLogitLoss,
 )
@@ -113,6 +114,13 @@ class WithLabels(torch.nn.Module):
         return self.loss(student, teacher, target)
 
 
+class WithLabelMap(WithLabels):
+    """Two rows of four pixels, the same in every image; one pixel does not count."""
+
+    def forward(self, student, teacher):
+        return self.loss(student, teacher, torch.tensor([[0, 1, 2, 3], [4, 255, 1, 2]]).expand(len(student), 2, 4))
+
+
 def mgd_of_the_whole_map():
     """A generator that does nothing: the random and the trained part have tests of their own."""
     loss = MGDLoss(mask_ratio=0.0, channels=8)
@@ -142,6 +150,10 @@ CASES = {
     'dkd': (WithLabels(DKDLoss()), logits),
     'dkd-target': (WithLabels(DKDLoss(alpha=2.0, beta=0.0, temperature=1.0)), logits),
     'hard': (HardLabelLoss(), logits),
+    'pixelwise': (PixelwiseKLDivLoss(), features),
+    'pixelwise-labels': (WithLabelMap(PixelwiseKLDivLoss(temperature=2.0)), features),
+    'pixelwise-lean': (WithLabelMap(PixelwiseKLDivLoss(temperature=2.0, lean=True)), features),
+    'pixelwise-sigmoid': (PixelwiseKLDivLoss(sigmoid=True), features),
     'cwd': (ChannelWiseDivLoss(), maps),
     'cwd-T1': (ChannelWiseDivLoss(temperature=1.0), maps),
     'pearson': (PearsonLoss(), maps),
@@ -284,7 +296,7 @@ def test_no_images_give_zero(loss, build):
 
 @every_loss
 def test_module_is_stateless_and_copies(loss, build):
-    assert loss.consumes in ('features', 'logits', 'predictions', 'masks')
+    assert loss.consumes in ('features', 'logits', 'predictions', 'masks', 'segmentation')
     assert not loss.state_dict() and not list(loss.parameters())
     expected = loss(build(raw(2, 0)), build(raw(2, 1)))
     for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -316,6 +328,7 @@ BAD = [
             DKDLoss,
             LocalizationDistillLoss,
             MaskKLDivLoss,
+            PixelwiseKLDivLoss,
         )
         for v in (0, *NUMBERS)
     ],
@@ -328,6 +341,9 @@ BAD = [
     *[(DKDLoss, name, v) for name in ('alpha', 'beta') for v in NUMBERS],
     *[(YOLOLogitLoss, 'foreground', v) for v in ('cls', 1, None)],
     *[(KLDivLoss, 'standardize', v) for v in ('yes', 1, None)],
+    *[(PixelwiseKLDivLoss, 'alpha', v) for v in (1.5, *NUMBERS) if v is not None],
+    *[(PixelwiseKLDivLoss, 'ignore_index', v) for v in (255.0, '255', None, True)],
+    *[(PixelwiseKLDivLoss, name, v) for name in ('sigmoid', 'lean') for v in ('yes', 1, 0)],
     *[(MGDLoss, 'mask_ratio', v) for v in (1, 1.5, *NUMBERS)],
     *[(MGDLoss, 'channels', v) for v in (0, 2.0, '8', True)],
     *[(AttentionTransferLoss, 'form', v) for v in ('squared', 'Paper', None)],
@@ -368,6 +384,7 @@ def test_different_shapes_are_refused(loss, build):
         losses.pearson,
         losses.attention_transfer,
         losses.relation,
+        losses.pixelwise_kl_div,
     ],
 )
 def test_something_else_than_a_tensor_is_refused(function):
