@@ -7,7 +7,7 @@ from importlib import import_module
 from kd_plugins.errors import DistillError
 
 ZOOS = {'mm': 'kd_plugins.mm.comparison', 'yolo': 'kd_plugins.yolo.comparison'}
-#: Options whose names are the framework's: mmdet's configs, Ultralytics' models and data.
+#: Options whose names are the framework's: configs of mmdet and mmseg, Ultralytics' models and data.
 OWN = {
     'mm': (
         ('--teacher-checkpoint', dict(metavar='PTH', help='weights of the teacher; left out: it is trained')),

@@ -1,6 +1,7 @@
 """Does distillation help? Teachers, and twice the same students, on real handwritten digits, in some minutes of CPU."""
 
 import argparse
+import os
 import sys
 import time
 from importlib import import_module
@@ -8,11 +9,16 @@ from importlib import import_module
 from kd_plugins.comparison.phases import clock
 from kd_plugins.errors import DistillError
 
-ZOOS = {'mm': 'MMDetection: YOLOX', 'yolo': 'Ultralytics: YOLO11'}
+#: What is printed, the package, its function, the folder below --work-dir.
+ZOOS = {
+    'mm': ('MMDetection: YOLOX', 'mm', 'demo', '.'),
+    'seg': ('MMSegmentation: Semantic FPN', 'mm', 'demo_segmentation', 'seg'),
+    'yolo': ('Ultralytics: YOLO11', 'yolo', 'demo', 'yolo'),
+}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--zoo', nargs='+', choices=ZOOS, default=list(ZOOS), help='which halves of the demo')
+    parser.add_argument('--zoo', nargs='+', choices=ZOOS, default=list(ZOOS), help='which parts of the demo')
     parser.add_argument(
         '--work-dir', default='work_dirs/demo', help='where runs and reports go; finished runs are kept'
     )
@@ -25,11 +31,12 @@ if __name__ == '__main__':
         parser.error(f'--kd needs --zoo {" or --zoo ".join(ZOOS)}: recipes of one are not those of the other')
     began = time.monotonic()
     for zoo in args.zoo:
-        print(f'\n{ZOOS[zoo]}', flush=True)
+        title, package, function, folder = ZOOS[zoo]
+        print(f'\n{title}', flush=True)
         recipes = dict(recipes=args.kd) if args.kd else {}
-        folder = args.work_dir if zoo == 'mm' else f'{args.work_dir}/{zoo}'
         try:
-            demo = import_module(f'kd_plugins.{zoo}.comparison').demo
+            demo = getattr(import_module(f'kd_plugins.{package}.comparison'), function)
+            folder = os.path.join(args.work_dir, folder)
             demo(folder, data=args.data, seeds=range(args.seeds), jobs=args.jobs, **recipes)
         except DistillError as error:
             sys.exit(f'error: {error}')

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from kd_plugins.comparison.figures import Detections
+from kd_plugins.comparison.figures import Picture
 from kd_plugins.comparison.history import History
 from kd_plugins.comparison.phases import Display, Phase, clock, run_phases
 from kd_plugins.comparison.report import write_report
-from kd_plugins.comparison.table import Arm, Result, text
+from kd_plugins.comparison.table import Arm, Metrics, Result, text
 from kd_plugins.errors import DistillError
 
 TEACHER, PLAIN = 'teacher', 'plain'
@@ -35,6 +35,8 @@ class Experiment(ABC):
         jobs: Trainings that run at once.
         cores: CPU cores of this process.
         title: Headline of the report.
+        metrics: What the models are compared by.
+        unit: What a training is counted in: ``'epoch'`` or ``'iteration'``.
         step: What the seconds in the table are for, see `kd_plugins.comparison.table.header`.
         note: How the columns of the table were measured.
         together: What the seconds hold when several trainings run at once.
@@ -45,8 +47,10 @@ class Experiment(ABC):
     seeds: Sequence[int]
     jobs: int | None
     title: str
+    metrics: Metrics
+    unit: str
     step: ClassVar[str]
-    note: ClassVar[str]
+    note: str
     together: ClassVar[str]
     plain_first: ClassVar[bool]
 
@@ -95,27 +99,27 @@ class Experiment(ABC):
 
     @abstractmethod
     def test(self, title: str, folder: Path, checkpoint: Path) -> Phase:
-        """The evaluation of a checkpoint, which also leaves its detections for the picture."""
+        """The evaluation of a checkpoint, which also leaves what the picture shows."""
 
     @abstractmethod
     def history(self, folder: Path) -> History:
         """What the training in a folder logged."""
 
     @abstractmethod
-    def measured(self, test: Phase) -> tuple[float, float]:
-        """mAP and AP50 in [0, 1] that an evaluation found."""
+    def measured(self, test: Phase) -> tuple[float, ...]:
+        """What an evaluation found: values in [0, 1], one for each of `metrics`."""
 
     @abstractmethod
     def parameters(self, arm: str, test: Phase) -> int:
         """Number of parameters of an arm's model."""
 
     @abstractmethod
-    def detections(self, tests: Mapping[str, Phase]) -> Detections | None:
+    def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
         """What the models found in some images, by row; None: no picture."""
 
     @abstractmethod
     def metric(self, histories: Iterable[History]) -> str:
-        """Key of the mAP in the validation lines."""
+        """Key of the first of `metrics` in the validation lines."""
 
     @abstractmethod
     def facts(self) -> dict[str, str]:
@@ -169,19 +173,22 @@ def compare(experiment: Experiment, display: Display | None = None) -> dict[str,
     def arm(name: str, keys: Sequence[Key]) -> Arm:
         results = []
         for key in keys:
-            map_, map50 = experiment.measured(tests[key])
+            accuracy = experiment.measured(tests[key])
             seconds, size = histories[key].seconds_per_iteration(), weights[key].stat().st_size
-            results.append(Result(seed=key[1], map=map_, map50=map50, seconds=seconds, size=size))
+            results.append(Result(seed=key[1], accuracy=accuracy, seconds=seconds, size=size))
         return Arm(experiment.label(name), experiment.parameters(name, tests[keys[0]]), results)
 
     names = [PLAIN, *experiment.distilled]
     teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
     plain, *distilled = students = [arm(name, [(name, seed) for seed in seeds]) for name in names]
-    display.say('\n' + text(teacher, plain, distilled, experiment.step))
+    display.say('\n' + text(teacher, plain, distilled, experiment.metrics, experiment.step))
     if jobs > 1:
         display.say(f's/{experiment.step} of the students: {jobs} trainings at once, {experiment.together} included.')
     seconds = time.monotonic() - began
-    arms = {a.name: dict(parameters=a.parameters, runs=[vars(r) for r in a.results]) for a in (teacher, *students)}
+    arms = {
+        a.name: dict(parameters=a.parameters, runs=[_figures(r, experiment.metrics) for r in a.results])
+        for a in (teacher, *students)
+    }
     results = dict(seeds=list(seeds), arms=arms, seconds=seconds)
     (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
     shown = {teacher.name: tests[TEACHER, TEACHER_SEED]}
@@ -193,8 +200,9 @@ def compare(experiment: Experiment, display: Display | None = None) -> dict[str,
         plain=plain,
         distilled=distilled,
         histories={a.name: [histories[n, s] for s in seeds] for a, n in zip(students, names, strict=True)},
+        metrics=experiment.metrics,
         metric=experiment.metric(histories.values()),
-        detections=experiment.detections(shown),
+        picture=experiment.picture(shown),
         note=experiment.note,
         facts={
             **experiment.facts(),
@@ -204,9 +212,15 @@ def compare(experiment: Experiment, display: Display | None = None) -> dict[str,
             'torch': torch.__version__,
         },
         step=experiment.step,
+        unit=experiment.unit,
     )
     display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
     return results
+
+
+def _figures(result: Result, metrics: Metrics) -> dict[str, float]:
+    accuracy = dict(zip(metrics.keys, result.accuracy, strict=True))
+    return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size)
 
 
 def _train(experiment: Experiment, display: Display) -> dict[Key, Phase]:

@@ -1,11 +1,12 @@
-"""The pictures of a report: curves, and detections side by side."""
+"""The pictures of a report: curves, and what the models find in some images, side by side."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +18,7 @@ from PIL import Image
 
 from kd_plugins.comparison.history import History
 
+T = TypeVar('T')
 COLORS = ('#1f6fb4', '#d9541e', '#2f9e44', '#8e44ad', '#b8860b', '#16a0a0')  # plain first, then the distilled ones
 TEACHER = '#6b7280'
 RIGHT, WRONG, MISSED = '#22c55e', '#ff3b30', '#ffd60a'
@@ -26,27 +28,42 @@ SCORE = 0.3  # detections below it are not drawn
 IOU = 0.5  # from which a detection has found an object
 
 
-def save(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """Save as a PNG with a palette: a third of the size, and hardly a difference that shows."""
+def save(figure: Figure, path: Path, dpi: int = 110, colors: int | None = 256) -> None:
+    """Save as a PNG with a palette: a third of the size, and hardly a difference that shows.
+
+    Args:
+        figure: What to save.
+        path: PNG to write.
+        dpi: Dots per inch.
+        colors: Size of the palette; None keeps every colour.
+    """
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(dpi)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
-    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    if colors is not None:
+        picture = picture.quantize(colors, method=Image.Quantize.MAXCOVERAGE)
+    picture.save(path, optimize=True)
 
 
 def draw_curves(
-    path: Path, arms: Mapping[str, Sequence[History]], teacher: float, metric: str, unit: str = 'epoch'
+    path: Path,
+    arms: Mapping[str, Sequence[History]],
+    teacher: float,
+    metric: str,
+    name: str = 'mAP',
+    unit: str = 'epoch',
 ) -> None:
-    """Task loss and mAP over training, one thin line per seed.
+    """Task loss and accuracy over training, one thin line per seed.
 
     The losses are comparable because only the student's own loss is drawn, without the distillation terms.
 
     Args:
         path: PNG to write.
         arms: Runs of every arm by name, the plain one first.
-        teacher: mAP of the teacher in [0, 1], drawn as a level.
-        metric: Key of the mAP in the validation logs.
+        teacher: Accuracy of the teacher in [0, 1], drawn as a level.
+        metric: Key of the accuracy in the validation logs.
+        name: What it is called.
         unit: What the x axis counts.
     """
     figure = Figure(figsize=(10, 3.8), layout='constrained')
@@ -61,7 +78,7 @@ def draw_curves(
             right.plot(x, [100 * v for v in values], marker='o', markersize=3.5, label=label, **style)
     right.axhline(100 * teacher, color=TEACHER, linestyle='--', linewidth=1.2, label='teacher')
     left.set(title="Student's own loss (without distillation terms)", xlabel=unit, ylabel='loss')
-    right.set(title='Validation', xlabel=unit, ylabel='mAP (%)')
+    right.set(title='Validation', xlabel=unit, ylabel=f'{name} (%)')
     right.set_ylim(bottom=0)
     right.set_xlim(left=0)
     left.set_xlim(left=0)
@@ -88,6 +105,32 @@ def _smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
     return np.convolve(values, kernel, 'same') / np.convolve(np.ones(len(values)), kernel, 'same')
 
 
+class Picture(ABC):
+    """What several models find in the same images, drawn side by side.
+
+    Attributes:
+        name: Of the file, without suffix, and of the section in the report.
+        content: What each cell shows, for the caption.
+        alt: What is seen, for those who cannot see it.
+        images: Ids of the images, in the order of the rows.
+    """
+
+    name: ClassVar[str]
+    content: ClassVar[str]
+    alt: ClassVar[str]
+    images: Sequence[Any]
+
+    @abstractmethod
+    def draw(self, path: Path) -> None:
+        """Write the PNG."""
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Some items at even distances."""
+    count = min(count, len(items))
+    return [items[round((k + 0.5) * len(items) / count - 0.5)] for k in range(count)]
+
+
 @dataclass
 class Objects:
     """Boxes of one image.
@@ -104,8 +147,8 @@ class Objects:
 
 
 @dataclass
-class Detections:
-    """What several models found in the same images.
+class Detections(Picture):
+    """The boxes that several models found in the same images.
 
     Attributes:
         images: Ids of the images, in the order of the rows.
@@ -115,11 +158,18 @@ class Detections:
         classes: Class names.
     """
 
+    name: ClassVar[str] = 'detections'
+    content: ClassVar[str] = f'detections with a score of at least {SCORE:g} (numbers: class, score in %)'
+    alt: ClassVar[str] = "ground truth and every model's detections side by side"
     images: Sequence[Any]
     files: Mapping[Any, str]
     truth: Mapping[Any, Objects]
     found: Mapping[str, Mapping[Any, Objects]]
     classes: Sequence[str]
+
+    def draw(self, path: Path) -> None:
+        """See `Picture.draw`."""
+        draw_detections(path, self)
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -228,6 +278,4 @@ def _draw_boxes(axes: Any, objects: Objects, colors: Sequence[str], classes: Seq
 
 def choose_images(truth: Mapping[int, Objects], count: int) -> list[int]:
     """Image ids at even distances through the set: picked before any detection is seen."""
-    ids = [i for i in truth if len(truth[i].labels)] or list(truth)
-    count = min(count, len(ids))
-    return [ids[round((k + 0.5) * len(ids) / count - 0.5)] for k in range(count)]
+    return spread([i for i in truth if len(truth[i].labels)] or list(truth), count)

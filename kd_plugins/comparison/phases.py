@@ -30,13 +30,15 @@ class Progress:
         done: Fraction done in [0, 1].
         epoch: Current epoch, or None.
         loss: Last logged loss, or None.
-        metric: Last logged box mAP, or None.
+        metric: Last logged accuracy in [0, 1], or None.
+        metric_name: What it is called.
     """
 
     done: float = 0.0
     epoch: int | None = None
     loss: float | None = None
     metric: float | None = None
+    metric_name: str = 'mAP'
 
     def update(self, line: str, mode: str, max_epochs: int | None) -> bool:
         """Read one line of the output.
@@ -206,7 +208,7 @@ class _Running:
         if progress.loss is not None:
             parts.append(f'loss {progress.loss:.2f}')
         if progress.metric is not None:
-            parts.append(f'mAP {progress.metric:.3f}')
+            parts.append(f'{progress.metric_name} {progress.metric:.3f}')
         left = ''
         if self.first and progress.done > self.first[1]:
             # From the first sign on: start-up is not part of the pace, and a resumed run did not start at 0.
@@ -292,7 +294,8 @@ def _start(phase: Phase, display: Display, width: int) -> _Running | None:
 
 
 def _closing(phase: Phase) -> str:
-    return f', mAP {phase.progress.metric:.3f}' if phase.progress.metric is not None else ''
+    progress = phase.progress
+    return f', {progress.metric_name} {progress.metric:.3f}' if progress.metric is not None else ''
 
 
 def clock(seconds: float) -> str:

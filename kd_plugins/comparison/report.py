@@ -6,9 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kd_plugins.comparison.figures import SCORE, Detections, draw_curves, draw_detections
+from kd_plugins.comparison.figures import Picture, draw_curves
 from kd_plugins.comparison.history import History
-from kd_plugins.comparison.table import Arm, header, rows, seed_rows, verdict
+from kd_plugins.comparison.table import Arm, Metrics, header, rows, seed_rows, verdict
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -30,13 +30,15 @@ def write_report(
     plain: Arm,
     distilled: Sequence[Arm],
     histories: Mapping[str, Sequence[History]],
+    metrics: Metrics,
     metric: str,
-    detections: Detections | None,
+    picture: Picture | None,
     note: str,
     facts: Mapping[str, str],
     step: str = 'iter',
+    unit: str = 'epoch',
 ) -> Path:
-    """Write ``report.html``, ``curves.png`` and ``detections.png``.
+    """Write ``report.html``, ``curves.png`` and the picture.
 
     Args:
         folder: Where to.
@@ -45,38 +47,42 @@ def write_report(
         plain: Row of the plain student.
         distilled: Rows of the distilled students.
         histories: Training logs by row, one per seed.
-        metric: Key of the mAP in their validation lines.
-        detections: What the models of the first seed found in some images; None: no such picture.
+        metrics: What the models are compared by.
+        metric: Key of the first of them in the validation lines.
+        picture: What the models of the first seed found in some images; None: no such picture.
         note: How the columns of the table were measured.
         facts: What was run, for the end of the page.
         step: What the seconds in the table are for, see `kd_plugins.comparison.table.header`.
+        unit: What the training is counted in, for the curves.
 
     Returns:
         The page.
     """
-    draw_curves(folder / 'curves.png', histories, teacher.results[0].map, metric)
+    draw_curves(folder / 'curves.png', histories, teacher.results[0].main, metric, metrics.main, unit)
     parts = [
         f'<h1>{html.escape(title)}</h1>',
-        _table(header(step), rows(teacher, plain, distilled)),
+        _table(header(metrics, step), rows(teacher, plain, distilled)),
         f'<p class="note">{html.escape(note)}</p>',
-        *(f'<p>{html.escape(verdict(plain, arm))}</p>' for arm in distilled),
+        *(f'<p>{html.escape(verdict(plain, arm, metrics.main))}</p>' for arm in distilled),
     ]
     if len(plain.results) > 1:
         parts += [
             '<h2>Per seed</h2>',
             _table(*seed_rows(plain, distilled)),
-            '<p class="note">mAP, and in brackets the gain over the plain student of the same seed. '
+            f'<p class="note">{metrics.main}, and in brackets the gain over the plain student of the same seed. '
             '± is the standard deviation over the seeds.</p>',
         ]
-    parts += ['<h2>Training</h2>', '<img src="curves.png" alt="loss and mAP over the epochs">']
-    if detections is not None:
-        draw_detections(folder / 'detections.png', detections)
+    alt = f'loss and {metrics.main} over the {unit}s'
+    parts += ['<h2>Training</h2>', f'<img src="curves.png" alt="{html.escape(alt)}">']
+    if picture is not None:
+        file = f'{picture.name}.png'
+        picture.draw(folder / file)
         parts += [
-            '<h2>Detections</h2>',
-            '<img src="detections.png" alt="ground truth and every model\'s detections side by side">',
-            f'<p class="note">Seed {plain.results[0].seed}, detections with a score of at least {SCORE:g} (numbers: '
-            'class, score in %). Images at even distances through the validation set, picked before any '
-            f'detection was seen: {html.escape(", ".join(map(str, detections.images)))}.</p>',
+            f'<h2>{picture.name.capitalize()}</h2>',
+            f'<img src="{file}" alt="{html.escape(picture.alt)}">',
+            f'<p class="note">Seed {plain.results[0].seed}, {html.escape(picture.content)}. Images at even distances '
+            'through the validation set, picked before any prediction was seen: '
+            f'{html.escape(", ".join(map(str, picture.images)))}.</p>',
         ]
     items = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts.items())
     parts += ['<h2>What was run</h2>', f'<dl>{items}</dl>']

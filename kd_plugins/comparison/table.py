@@ -9,22 +9,47 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """What models are compared by. The first one is that of gains and verdicts.
+
+    Attributes:
+        names: Columns of the table.
+        keys: Their keys in ``results.json``.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    @property
+    def main(self) -> str:
+        """Name of the one that gains are measured in."""
+        return self.names[0]
+
+
+BOXES = Metrics(('mAP', 'AP50'), ('map', 'map50'))
+LABEL_MAPS = Metrics(('mIoU', 'mAcc'), ('miou', 'macc'))
+
+
+@dataclass(frozen=True)
 class Result:
     """One trained and evaluated model.
 
     Attributes:
         seed: Its seed.
-        map: COCO box mAP in [0, 1].
-        map50: The same at IoU 0.5.
+        accuracy: Values in [0, 1], one for each of the `Metrics`.
         seconds: Median seconds of training per step (see `header`); NaN when it was not trained here.
         size: Bytes of its last checkpoint.
     """
 
     seed: int
-    map: float
-    map50: float
+    accuracy: tuple[float, ...]
     seconds: float
     size: int
+
+    @property
+    def main(self) -> float:
+        """The accuracy that gains are measured in."""
+        return self.accuracy[0]
 
 
 @dataclass
@@ -42,8 +67,8 @@ class Arm:
     results: list[Result] = field(default_factory=list)
 
     def gains(self, plain: Arm) -> list[float]:
-        """mAP minus that of the plain arm, seed by seed."""
-        return [a.map - b.map for a, b in zip(self.results, plain.results, strict=True)]
+        """Accuracy minus that of the plain arm, seed by seed."""
+        return [a.main - b.main for a, b in zip(self.results, plain.results, strict=True)]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -62,17 +87,18 @@ def _count(number: int) -> str:
     return f'{number / 1e6:.2f} M' if number >= 100_000 else f'{number / 1e3:.1f} k'
 
 
-def header(step: str = 'iter') -> tuple[str, ...]:
+def header(metrics: Metrics, step: str = 'iter') -> tuple[str, ...]:
     """Names of the columns.
 
     Args:
+        metrics: What the models are compared by.
         step: What `Result.seconds` is for: ``'iter'`` or ``'epoch'``.
     """
-    return ('model', 'parameters', 'mAP', 'AP50', 'gain', f's/{step}', 'checkpoint')
+    return ('model', 'parameters', *metrics.names, 'gain', f's/{step}', 'checkpoint')
 
 
 def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, ...]]:
-    """The cells, without the header. mAP, AP50 and gain are in points (mAP x 100), checkpoints in MB (10^6 bytes)."""
+    """The cells, without the header. Accuracies and gain are in points (x 100), checkpoints in MB (10^6 bytes)."""
     table = []
     for arm in (teacher, plain, *distilled):
         seconds = [r.seconds for r in arm.results if not math.isnan(r.seconds)]
@@ -80,8 +106,7 @@ def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, 
             (
                 arm.name,
                 _count(arm.parameters),
-                _points([r.map for r in arm.results]),
-                _points([r.map50 for r in arm.results]),
+                *(_points(values) for values in zip(*(r.accuracy for r in arm.results), strict=True)),
                 _points(arm.gains(plain), signed=True) if arm in distilled else '',
                 f'{statistics.median(seconds):.3f}' if seconds else '',
                 f'{arm.results[-1].size / 1e6:.1f} MB',
@@ -106,33 +131,33 @@ def render(table: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
 
 
 def seed_rows(plain: Arm, distilled: Sequence[Arm]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells of the table per seed: mAP of every arm in points, and its gain."""
+    """Header and cells of the table per seed: accuracy of every arm in points, and its gain."""
     columns = ('seed', plain.name, *(arm.name for arm in distilled))
     table = []
     for i, result in enumerate(plain.results):
-        cells = [f'{100 * arm.results[i].map:.1f} ({100 * arm.gains(plain)[i]:+.1f})' for arm in distilled]
-        table.append((str(result.seed), f'{100 * result.map:.1f}', *cells))
+        cells = [f'{100 * arm.results[i].main:.1f} ({100 * arm.gains(plain)[i]:+.1f})' for arm in distilled]
+        table.append((str(result.seed), f'{100 * result.main:.1f}', *cells))
     return columns, table
 
 
-def verdict(plain: Arm, arm: Arm) -> str:
+def verdict(plain: Arm, arm: Arm, metric: str) -> str:
     """One honest sentence on a distilled arm: the gain whatever its sign, and how sure it is."""
     gains = [100 * g for g in arm.gains(plain)]
     mean, spread = mean_and_spread(gains)
     if math.isnan(spread):
-        return f'{arm.name}: {mean:+.1f} mAP on one seed; a single pair says nothing about the spread (--seeds 3).'
+        return f'{arm.name}: {mean:+.1f} {metric} on one seed; a single pair says nothing about the spread (--seeds 3).'
     better = sum(g > 0 for g in gains)
     return (
-        f'{arm.name}: {mean:+.1f} ± {spread:.1f} mAP over {len(gains)} seeds, better than plain in {better} of '
+        f'{arm.name}: {mean:+.1f} ± {spread:.1f} {metric} over {len(gains)} seeds, better than plain in {better} of '
         f'{len(gains)}.'
     )
 
 
-def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], step: str = 'iter') -> str:
+def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metrics: Metrics, step: str = 'iter') -> str:
     """The tables as they are printed, with what their figures mean."""
-    parts = [render(rows(teacher, plain, distilled), header(step))]
+    parts = [render(rows(teacher, plain, distilled), header(metrics, step))]
     if len(plain.results) > 1:
         columns, table = seed_rows(plain, distilled)
-        parts.append('mAP per seed (gain over plain with the same seed)\n' + render(table, columns))
-    parts.append('\n'.join(verdict(plain, arm) for arm in distilled))
+        parts.append(f'{metrics.main} per seed (gain over plain with the same seed)\n' + render(table, columns))
+    parts.append('\n'.join(verdict(plain, arm, metrics.main) for arm in distilled))
     return '\n\n'.join(parts)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,44 @@ from kd_plugins.data import prepare_digits
 from kd_plugins.mm.comparison.logs import find_metric, read_history
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "terms = dict(logits=dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head'))"
-SHORT = ('train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'default_hooks.logger.interval=1')
+
+
+@dataclass
+class Case:
+    """A pair of models, how it is trained in a few steps, and what must come out."""
+
+    pair: str
+    term: str
+    short: tuple[str, ...]
+    columns: tuple[str, ...]
+    keys: set[str]
+    picture: str
+    metric: str
+    last: int  # step of the last validation
+
+
+CASES = {
+    'detection': Case(
+        pair='det/digits_yolox',
+        term="dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head')",
+        short=('train_cfg.max_epochs=2', 'train_cfg.val_interval=1'),
+        columns=('mAP', 'AP50'),
+        keys={'map', 'map50'},
+        picture='detections.png',
+        metric='bbox_mAP',
+        last=2,
+    ),
+    'segmentation': Case(
+        pair='seg/digits_fpn',
+        term="dict(loss=dict(type='PixelwiseKLDivLoss'), student='decode_head', teacher='decode_head')",
+        short=('train_cfg.max_iters=6', 'train_cfg.val_interval=3', 'default_hooks.checkpoint.interval=3'),
+        columns=('mIoU', 'mAcc'),
+        keys={'miou', 'macc'},
+        picture='segmentations.png',
+        metric='mIoU',
+        last=6,
+    ),
+}
 
 
 @pytest.fixture(scope='module')
@@ -21,14 +58,20 @@ def data(tmp_path_factory):
     return prepare_digits(tmp_path_factory.mktemp('data') / 'digits', train=24, val=8, size=96, progress=False)
 
 
+@pytest.fixture(scope='module', params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
 @pytest.fixture(scope='module')
-def command(data, tmp_path_factory):
+def command(case, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('comparison')
-    (folder / 'logit.py').write_text(RECIPE)
+    (folder / 'logit.py').write_text(f'terms = dict(logits={case.term})')
+    options = [*case.short, 'default_hooks.logger.interval=1']
     return folder / 'runs', [
         *(sys.executable, str(ROOT / 'tools' / 'compare.py'), '--jobs', '2'),
-        *('--teacher', str(ROOT / 'configs/det/digits_yolox_teacher.py'), '--teacher-cfg-options', *SHORT),
-        *('--student', str(ROOT / 'configs/det/digits_yolox_student.py'), '--cfg-options', *SHORT),
+        *('--teacher', str(ROOT / f'configs/{case.pair}_teacher.py'), '--teacher-cfg-options', *options),
+        *('--student', str(ROOT / f'configs/{case.pair}_student.py'), '--cfg-options', *options),
         *('--kd', str(folder / 'logit.py'), '--work-dir', str(folder / 'runs')),
     ]
 
@@ -39,18 +82,20 @@ def call(command, data, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_data_to_report(command, data, monkeypatch):
+def test_from_data_to_report(case, command, data, monkeypatch):
     runs, command = command
     done = call(command, data, monkeypatch)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    for cell in ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint', 'teacher', 'plain', 'logit'):
+    for cell in ('model', 'parameters', *case.columns, 'gain', 's/iter', 'checkpoint', 'teacher', 'plain', 'logit'):
         assert cell in done.stdout
     assert 'one seed' in done.stdout
 
     results = json.loads((runs / 'results.json').read_text())['arms']
     assert set(results) == {'teacher', 'plain', 'distilled: logit'}
     assert [r['seed'] for r in results['plain']['runs']] == [0]
+    assert set(results['plain']['runs'][0]) == {'seed', *case.keys, 'seconds', 'size'}
+    assert all(0 <= r[k] <= 1 for arm in results.values() for r in arm['runs'] for k in case.keys)
     assert all(r['seconds'] > 0 for arm in results.values() for r in arm['runs'])
     assert results['teacher']['parameters'] > results['plain']['parameters']
     # The promise to users: the distilled checkpoint is a plain student's.
@@ -58,7 +103,7 @@ def test_from_data_to_report(command, data, monkeypatch):
     assert max(sizes) < 1.01 * min(sizes)
 
     page = (runs / 'report.html').read_text()
-    for picture in ('curves.png', 'detections.png'):
+    for picture in ('curves.png', case.picture):
         assert picture in page
         with Image.open(runs / picture) as image:
             assert image.width > 500
@@ -70,8 +115,8 @@ def test_from_data_to_report(command, data, monkeypatch):
         assert ('loss_kd_logits' in history.train[1]) == (arm == 'logit')
         # The checkpoint on disk is the model that was validated last.
         (metrics,) = (folder / 'test').glob('*/*.json')
-        tested = find_metric(json.loads(metrics.read_text()), 'bbox_mAP')
-        validated = find_metric(history.val.get(2, {}), 'bbox_mAP')
+        tested = find_metric(json.loads(metrics.read_text()), case.metric)
+        validated = find_metric(history.val.get(case.last, {}), case.metric)
         assert tested == pytest.approx(validated, nan_ok=True)
 
 
@@ -94,8 +139,10 @@ def test_refuses_before_anything_runs(tmp_path):
     )
     tool = [sys.executable, str(ROOT / 'tools' / 'compare.py'), '--work-dir', str(tmp_path / 'runs')]
     teacher = ['--teacher', str(ROOT / 'configs/det/digits_yolox_teacher.py')]
+    segmentor = str(ROOT / 'configs/seg/digits_fpn_student.py')
     for options, words in (
         ([*teacher, '--student', str(config), '--kd', 'yolo_logit'], 'CocoMetric'),
+        ([*teacher, '--student', segmentor, '--kd', 'pixel_kl'], 'measured by mAP, --student by mIoU'),
         ([*teacher, '--student', str(config), '--kd', 'yolo_logits'], "did you mean 'yolo_logit'"),
         ([*teacher, '--student', 'nowhere.py', '--kd', 'yolo_logit'], 'nowhere.py'),
         ([*teacher, '--student', str(config), '--kd', 'yolo_logit', '--seeds', '0'], '--seeds must be at least 1'),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
-import math
+import io
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,19 +18,21 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 from kd_plugins.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
-from kd_plugins.comparison.figures import Detections
+from kd_plugins.comparison.figures import Picture
 from kd_plugins.comparison.history import History
 from kd_plugins.comparison.phases import Phase
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.cli import find_recipe
 from kd_plugins.mm.comparison.detections import read_detections
-from kd_plugins.mm.comparison.logs import RunnerProgress, find_metric, read_history, read_test_metrics
+from kd_plugins.mm.comparison.logs import RunnerProgress, read_history, read_test_metrics
+from kd_plugins.mm.comparison.segmentations import read_segmentations
+from kd_plugins.mm.comparison.tasks import SEGMENTATION, find_evaluator
 from kd_plugins.mm.configs import load_config, without_pretrained
 
 TOOLS = Path(__file__).parents[3] / 'tools'
-MAP, MAP50 = 'bbox_mAP', 'bbox_mAP_50'
+DETECTIONS, LABEL_MAPS = 'detections.pkl', 'label_maps'
 NOTE = (
-    'mAP, AP50 and gain in points (100 × COCO AP), measured by tools/test.py on the last checkpoint. s/iter: median '
+    '{names} and gain in points ({measured}), measured by tools/test.py on the last checkpoint. s/iter: median '
     'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
 )
 
@@ -49,7 +52,7 @@ class Comparison(Experiment):
         teacher_options: ``key=value`` overrides of the teacher's config, for its training only.
         jobs: Trainings that run at once. None: two where there is no GPU but more than one core, so that the plain
             and the distilled student run side by side, under the same conditions.
-        scenes: Images in the picture of detections.
+        scenes: Images in the picture of what the models find.
         title: Headline of the report.
     """
 
@@ -65,7 +68,6 @@ class Comparison(Experiment):
     scenes: int = 5
     title: str = 'Plain and distilled student'
     step: ClassVar[str] = 'iter'
-    note: ClassVar[str] = NOTE
     together: ClassVar[str] = 'data loading'
     #: The teacher uses all cores alone; then plain and distilled students run side by side.
     plain_first: ClassVar[bool] = False
@@ -85,12 +87,16 @@ class Comparison(Experiment):
         MMLogger.get_current_instance().setLevel('WARNING')
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
         self.student_config = read_config(self.student, self.student_options, '--student')
-        for where, config in (('--teacher', self.teacher_config), ('--student', self.student_config)):
-            if not _reports_boxes(config):
-                raise DistillError(
-                    f"{where}: mAP is what is compared, but the config has no test_evaluator=dict(type='CocoMetric', "
-                    "metric='bbox', ...)."
-                )
+        self.task = find_evaluator(self.student_config, '--student').task
+        taught = find_evaluator(self.teacher_config, '--teacher').task
+        if taught is not self.task:
+            raise DistillError(
+                f'--teacher is measured by {taught.metrics.main}, --student by {self.task.metrics.main}: give both the '
+                'same kind of test_evaluator.'
+            )
+        self.metrics = self.task.metrics
+        self.unit = 'epoch' if _max_epochs(self.student_config) else 'iteration'
+        self.note = NOTE.format(names=', '.join(self.metrics.names), measured=self.task.measured)
 
     # ------------------------------------------------------------------ phases
     def train_teacher(self) -> Phase:
@@ -133,30 +139,37 @@ class Comparison(Experiment):
             title=f'train {title}',
             folder=folder,
             command=command,
-            settings=dict(config=config.pretty_text, seed=seed, data=_data_hashes(config)),
-            progress=RunnerProgress(),
+            settings=dict(config=config.pretty_text, seed=seed, data=data_hashes(config)),
+            progress=self._progress(),
             resume=['--resume'],
-            max_epochs=None if 'max_iters' in config.train_cfg else config.train_cfg.get('max_epochs'),
+            max_epochs=_max_epochs(config),
             threads=max(1, self.cores // jobs),
         )
 
     def test(self, title: str, folder: Path, checkpoint: Path) -> Phase:
-        """The evaluation of a checkpoint, which also leaves its detections for the picture."""
+        """The evaluation of a checkpoint, which also leaves what the picture shows."""
         teacher = title == TEACHER
         spec, config = (self.teacher, self.teacher_config) if teacher else (self.student, self.student_config)
         options = self.teacher_options if teacher else self.student_options
         folder = folder / 'test'
-        out = folder / 'detections.pkl'
-        command = [*_tool('test'), spec, str(checkpoint), '--work-dir', str(folder), '--out', str(out)]
+        command = [*_tool('test'), spec, str(checkpoint), '--work-dir', str(folder)]
+        if self.task is SEGMENTATION:
+            # Not --out: it dumps the logits too, some GB for a few hundred photographs.
+            options = [*options, f'{find_evaluator(config, title).key}.output_dir={folder / LABEL_MAPS}']
+        else:
+            command += ['--out', str(folder / DETECTIONS)]
         return Phase(
             title=f'evaluate {title}',
             folder=folder,
             command=[*command, *_options(options)],
-            settings=dict(config=config.pretty_text, weights=self.hash_of(checkpoint), data=_data_hashes(config)),
-            progress=RunnerProgress(),
+            settings=dict(config=config.pretty_text, weights=self.hash_of(checkpoint), data=data_hashes(config)),
+            progress=self._progress(),
             mode='test',
             threads=self.threads,
         )
+
+    def _progress(self) -> RunnerProgress:
+        return RunnerProgress(self.metrics.main, self.task.logged[0], self.task.whole)
 
     @property
     def distilled(self) -> Sequence[str]:
@@ -177,11 +190,12 @@ class Comparison(Experiment):
 
     # ------------------------------------------------------------------ what came out
     def history(self, folder: Path) -> History:
-        return read_history(folder)
+        history = read_history(folder)
+        history.val = {step: self.task.fractions(line) for step, line in history.val.items()}
+        return history
 
-    def measured(self, test: Phase) -> tuple[float, float]:
-        metrics = read_test_metrics(test.folder)
-        return _accuracy(metrics, MAP), _accuracy(metrics, MAP50)
+    def measured(self, test: Phase) -> tuple[float, ...]:
+        return self.task.accuracy(read_test_metrics(test.folder))
 
     def parameters(self, arm: str, test: Phase) -> int:
         config = self.teacher_config if arm == TEACHER else self.student_config
@@ -189,13 +203,18 @@ class Comparison(Experiment):
             self._sizes[arm] = count_parameters(config)
         return self._sizes[arm]
 
-    def detections(self, tests: Mapping[str, Phase]) -> Detections | None:
-        files = {name: test.folder / 'detections.pkl' for name, test in tests.items()}
+    def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
+        if self.task is SEGMENTATION:
+            folders = {name: test.folder / LABEL_MAPS for name, test in tests.items()}
+            options = find_evaluator(self.student_config, '--student').options
+            return read_segmentations(folders, self.student_config, options.get('ignore_index', 255), self.scenes)
+        files = {name: test.folder / DETECTIONS for name, test in tests.items()}
         return read_detections(files, _dataset(self.student_config.test_dataloader), self.scenes)
 
     def metric(self, histories: Iterable[History]) -> str:
-        keys = (k for h in histories for line in h.val.values() for k in line if k.endswith(MAP))
-        return next(keys, f'coco/{MAP}')
+        suffix = self.task.logged[0]
+        keys = (k for h in histories for line in h.val.values() for k in line if k.endswith(suffix))
+        return next(keys, suffix)
 
     def facts(self) -> dict[str, str]:
         weights = f', weights {self.teacher_checkpoint}' if self.teacher_checkpoint else ', trained here'
@@ -229,28 +248,18 @@ def last_checkpoint(folder: Path) -> Path:
     if path is None or not path.is_file():
         raise DistillError(
             f'{folder} holds no checkpoint after the training; does the config save the last epoch '
-            '(default_hooks.checkpoint)?'
+            'or iteration (default_hooks.checkpoint)?'
         )
     return path
 
 
 def count_parameters(config: Config) -> int:
     """Number of parameters of a config's model."""
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    model = MODELS.build(without_pretrained(config.model))
+    # mmseg prints which optional packages it has not found when it is imported.
+    with contextlib.redirect_stdout(io.StringIO()):
+        init_default_scope(config.get('default_scope', 'mmengine'))
+        model = MODELS.build(without_pretrained(config.model))
     return sum(p.numel() for p in model.parameters())
-
-
-def _reports_boxes(config: Config) -> bool:
-    evaluator = config.get('test_evaluator')
-    metrics = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
-    return any(isinstance(m, Mapping) and str(m.get('type')).split('.')[-1] == 'CocoMetric' for m in metrics)
-
-
-def _accuracy(metrics: Mapping[str, float], suffix: str) -> float:
-    # CocoMetric reports nothing at all when there is not a single detection.
-    value = find_metric(metrics, suffix)
-    return 0.0 if math.isnan(value) else value
 
 
 def _tool(name: str) -> list[str]:
@@ -279,15 +288,32 @@ def _dataset(loader: Mapping[str, Any]) -> Mapping[str, Any]:
     return dataset
 
 
-def _data_hashes(config: Config) -> dict[str, str]:
-    """Hashes of the annotation files, so that another data set at the same place is noticed."""
+def data_hashes(config: Config) -> dict[str, str]:
+    """Hashes of the annotations, so that another data set at the same place is noticed.
+
+    Of annotation files the content; of folders of images and label maps the names and sizes, as there may be
+    thousands of files.
+    """
     hashes = {}
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = _dataset(config[name]) if config.get(name) else {}
-        path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+        root = Path(dataset.get('data_root') or '')
+        path = root / (dataset.get('ann_file') or '')
         if path.is_file():
             hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        prefixes = dataset.get('data_prefix') or {}
+        if prefixes.get('seg_map_path'):
+            digest = hashlib.sha256()
+            for folder in (root / prefixes[k] for k in ('img_path', 'seg_map_path') if prefixes.get(k)):
+                for file in sorted(p for p in folder.rglob('*') if p.is_file()):
+                    digest.update(f'{file.relative_to(folder).as_posix()} {file.stat().st_size};'.encode())
+            hashes[f'{name}.label_maps'] = digest.hexdigest()
     return hashes
+
+
+def _max_epochs(config: Config) -> int | None:
+    """Length of the training in epochs; None in a loop over iterations."""
+    return None if 'max_iters' in config.train_cfg else config.train_cfg.get('max_epochs')
 
 
 def _short(path: str) -> str:

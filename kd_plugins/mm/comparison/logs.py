@@ -14,7 +14,6 @@ from kd_plugins.comparison.phases import Progress
 _EPOCH = re.compile(r'Epoch\((train|val|test)\)\s*(?:\[\s*(\d+)\])?\[\s*(\d+)/(\d+)\]')
 _ITER = re.compile(r'Iter\((train|val|test)\)\s*\[\s*(\d+)/(\d+)\]')
 _LOSS = re.compile(r'\bloss: ([-\d.eE+]+|nan|inf)')
-_MAP = re.compile(r'bbox_mAP: ([-\d.]+)')
 
 
 def read_history(work_dir: Path) -> History:
@@ -53,7 +52,18 @@ def read_test_metrics(work_dir: Path) -> dict[str, float]:
 
 
 class RunnerProgress(Progress):
-    """Where a Runner is, from its text log."""
+    """Where a Runner is, from its text log.
+
+    Args:
+        name: What the accuracy is called.
+        logged: The end of its key in the log.
+        whole: What is logged for a perfect result.
+    """
+
+    def __init__(self, name: str = 'mAP', logged: str = 'bbox_mAP', whole: float = 1.0) -> None:
+        super().__init__(metric_name=name)
+        self._accuracy = re.compile(rf'{re.escape(logged)}: ([-\d.]+)')
+        self._whole = whole
 
     def update(self, line: str, mode: str, max_epochs: int | None) -> bool:
         """See `Progress.update`."""
@@ -71,9 +81,9 @@ class RunnerProgress(Progress):
                 return False
             if found[1] == mode:
                 self.done = int(found[2]) / int(found[3])
-        loss, metric = _LOSS.search(line), _MAP.search(line)
+        loss, metric = _LOSS.search(line), self._accuracy.search(line)
         self.loss = float(loss[1]) if loss else self.loss
-        self.metric = float(metric[1]) if metric else self.metric
+        self.metric = float(metric[1]) / self._whole if metric else self.metric
         return True
 
 

@@ -28,7 +28,7 @@ def evaluate(weights: str, data: str, out: Path, *, imgsz: int, scenes: int = 0)
     from ultralytics import YOLO
     from ultralytics.data.utils import check_det_dataset, img2label_paths
 
-    from kd_plugins.comparison.figures import SCORE
+    from kd_plugins.comparison.figures import SCORE, spread
 
     model = YOLO(weights)
     parameters = sum(p.numel() for p in model.model.parameters())
@@ -42,7 +42,7 @@ def evaluate(weights: str, data: str, out: Path, *, imgsz: int, scenes: int = 0)
         names=[model.names[i] for i in sorted(model.names)],
         images=[],
     )
-    for file in choose_files(image_files(check_det_dataset(data)['val']), scenes):
+    for file in spread(image_files(check_det_dataset(data)['val']), scenes):
         found = model.predict(file, imgsz=imgsz, conf=SCORE, verbose=False)[0]
         labels = Path(img2label_paths([file])[0])
         boxes = found.boxes
@@ -83,12 +83,6 @@ def image_files(split: Any) -> list[str]:
             lines = (line.strip() for line in path.read_text().splitlines())
             files += (str(root / line) if line.startswith('./') else line for line in lines if line)
     return sorted(files)
-
-
-def choose_files(files: Sequence[str], count: int) -> list[str]:
-    """Some at even distances, chosen before anything is detected."""
-    count = min(count, len(files))
-    return [files[round((k + 0.5) * len(files) / count - 0.5)] for k in range(count)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

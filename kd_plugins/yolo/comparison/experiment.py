@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kd_plugins.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
-from kd_plugins.comparison.figures import Detections, Objects
+from kd_plugins.comparison.figures import Detections, Objects, Picture
 from kd_plugins.comparison.history import History
 from kd_plugins.comparison.phases import Phase
+from kd_plugins.comparison.table import BOXES, Metrics
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.yolo.callback import check_version, quiet
 from kd_plugins.yolo.cli import overrides_of
@@ -69,6 +70,8 @@ class Comparison(Experiment):
     jobs: int | None = None
     scenes: int = 5
     title: str = 'Plain and distilled student in Ultralytics'
+    metrics: ClassVar[Metrics] = BOXES
+    unit: ClassVar[str] = 'epoch'
     step: ClassVar[str] = 'epoch'
     note: ClassVar[str] = NOTE
     together: ClassVar[str] = 'validation'
@@ -168,7 +171,7 @@ class Comparison(Experiment):
         )
 
     def test(self, title: str, folder: Path, weights: Path) -> Phase:
-        """The evaluation of a checkpoint, which also leaves its detections for the picture."""
+        """The evaluation of a checkpoint, which also leaves what the picture shows."""
         # A teacher that is given as a file is evaluated as it teaches: at the students' image size.
         options = [*self.student_options, *(self.teacher_options if title == TEACHER else ())]
         size = overrides_of(['train', *options]).get('imgsz', 640)
@@ -203,14 +206,14 @@ class Comparison(Experiment):
     def history(self, folder: Path) -> History:
         return read_history(folder)
 
-    def measured(self, test: Phase) -> tuple[float, float]:
+    def measured(self, test: Phase) -> tuple[float, ...]:
         found = _result(test)
         return found['map'], found['map50']
 
     def parameters(self, arm: str, test: Phase) -> int:
         return _result(test)['parameters']
 
-    def detections(self, tests: Mapping[str, Phase]) -> Detections | None:
+    def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
         return _detections({name: _result(test) for name, test in tests.items()})
 
     def metric(self, histories: Iterable[History]) -> str:

@@ -11,6 +11,7 @@ from kd_plugins.comparison.figures import (
     draw_detections,
     iou,
     judge,
+    spread,
     task_loss,
 )
 from kd_plugins.comparison.history import History
@@ -52,6 +53,7 @@ def test_images_are_spread_and_do_not_depend_on_detections():
     truth = {i: objects([0, 0, 1, 1], labels=[0]) for i in range(100)}
     assert choose_images(truth, 5) == [10, 30, 50, 70, 90]
     assert choose_images({3: objects(labels=[])}, 5) == [3]
+    assert spread('abcdefghij', 2) == ['c', 'h'] and spread([1, 2], 20) == [1, 2] and spread([], 3) == []
 
 
 def test_own_loss_is_without_distillation():

@@ -61,6 +61,12 @@ def test_done_once(tmp_path):
     assert calls(folder) == ['fresh']
 
 
+def test_the_metric_has_its_own_name(tmp_path):
+    other = phase(tmp_path / 'a')
+    other.progress.metric_name = 'mIoU'
+    assert 'mIoU 0.123' in run(other)
+
+
 def test_interrupted_is_resumed(tmp_path):
     folder = tmp_path / 'a'
     phase(folder).mark()

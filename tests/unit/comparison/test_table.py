@@ -4,14 +4,26 @@ import math
 
 import pytest
 
-from kd_plugins.comparison.table import Arm, Result, mean_and_spread, render, rows, seed_rows, verdict
+from kd_plugins.comparison.table import (
+    BOXES,
+    LABEL_MAPS,
+    Arm,
+    Result,
+    header,
+    mean_and_spread,
+    render,
+    rows,
+    seed_rows,
+    text,
+    verdict,
+)
 
 
 def arm(name, *maps, seconds=0.1):
-    return Arm(name, 560_000, [Result(i, m, m + 0.2, seconds, 9_700_000) for i, m in enumerate(maps)])
+    return Arm(name, 560_000, [Result(i, (m, m + 0.2), seconds, 9_700_000) for i, m in enumerate(maps)])
 
 
-TEACHER = Arm('teacher', 2_240_000, [Result(0, 0.413, 0.689, math.nan, 36_600_000)])
+TEACHER = Arm('teacher', 2_240_000, [Result(0, (0.413, 0.689), math.nan, 36_600_000)])
 
 
 def test_one_seed():
@@ -31,12 +43,19 @@ def test_gains_are_paired_by_seed_and_negative_ones_are_shown():
     header, cells = seed_rows(plain, [distilled])
     assert header == ('seed', 'plain', 'distilled: a')
     assert cells[1] == ('1', '30.0', '28.0 (-2.0)')
-    assert 'better than plain in 1 of 3' in verdict(plain, distilled)
-    assert verdict(plain, distilled).startswith('distilled: a: -0.7 ± 1.5 mAP')
+    assert 'better than plain in 1 of 3' in verdict(plain, distilled, 'mAP')
+    assert verdict(plain, distilled, 'mAP').startswith('distilled: a: -0.7 ± 1.5 mAP')
+
+
+def test_columns_are_those_of_the_task():
+    assert header(BOXES) == ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint')
+    assert header(LABEL_MAPS, 'epoch') == ('model', 'parameters', 'mIoU', 'mAcc', 'gain', 's/epoch', 'checkpoint')
+    printed = text(TEACHER, arm('plain', 0.20, 0.30), [arm('distilled: a', 0.25, 0.31)], LABEL_MAPS)
+    assert 'mIoU per seed' in printed and '+3.0 ± 2.8 mIoU over 2 seeds' in printed and 'mAP' not in printed
 
 
 def test_verdict_of_one_seed_admits_it():
-    assert 'one seed' in verdict(arm('plain', 0.2), arm('distilled: a', 0.1))
+    assert 'one seed' in verdict(arm('plain', 0.2), arm('distilled: a', 0.1), 'mAP')
 
 
 def test_spread_of_one_value_is_unknown():
