@@ -1,7 +1,8 @@
 """The engine: taps, teacher, terms, schedules and the summary. Knows torch, losses, adapters and predictions only."""
 
+from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.checkpoints import find_weights, load_checkpoint
-from kd_plugins.distiller.engine import AdapterBank, CannotRunError, Distiller, Position
+from kd_plugins.distiller.engine import CannotRunError, Distiller, Position
 from kd_plugins.distiller.pixels import ULTRALYTICS, PixelFormat, Renormalize, Resized
 from kd_plugins.distiller.sources import build_source, find_source, register_teacher, teacher_kind
 from kd_plugins.distiller.summary import summary
