@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +119,7 @@ class Distiller:
         self.bank = bank if bank is not None else AdapterBank()
         self._resolve = resolve
         self._free: dict[str, nn.ModuleList] = {}
+        self._forms: dict[str, type[Predictions] | None] = {}
         self.position = Position()
         for term in terms.values():
             held = self.bank._modules.get(term.name)
@@ -396,6 +397,11 @@ class Distiller:
 
     def _form(self, term: Term) -> type[Predictions] | None:
         """The form that both sides of a term are read into; None: its tensors are compared as they are."""
+        if term.name not in self._forms:
+            self._forms[term.name] = self._find_form(term)
+        return self._forms[term.name]
+
+    def _find_form(self, term: Term) -> type[Predictions] | None:
         sides = (
             ('student', find_module(self.student, term.student.module, 'student'), term.student),
             ('teacher', find_module(self.teacher.model, term.teacher.module, 'teacher'), term.teacher),
