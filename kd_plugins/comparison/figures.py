@@ -68,10 +68,10 @@ def draw_curves(
     """
     figure = Figure(figsize=(10, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for color, (name, runs) in zip(COLORS, arms.items(), strict=False):
+    for color, (arm, runs) in zip(COLORS, arms.items(), strict=False):
         for i, history in enumerate(runs):
             style = dict(color=color, linewidth=1.8 if len(runs) == 1 else 1.2, alpha=1 if len(runs) == 1 else 0.75)
-            label = name if i == 0 else None
+            label = arm if i == 0 else None
             x, total = task_loss(history)
             left.plot(x, _smooth(total), label=label, **style)
             x, values = history.metric_curve(metric)

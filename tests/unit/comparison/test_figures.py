@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from kd_plugins.comparison import figures
 from kd_plugins.comparison.figures import (
     Detections,
     Objects,
@@ -59,6 +60,16 @@ def test_images_are_spread_and_do_not_depend_on_detections():
 def test_own_loss_is_without_distillation():
     history = History(train={10: dict(loss=5.0, loss_kd_logits=2.0, epoch=1), 20: dict(loss=4.0, epoch=2)})
     assert task_loss(history)[1] == [3.0, 4.0]
+
+
+def test_axes_say_what_they_count(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(figures, 'save', lambda figure, path: saved.append(figure))
+    history = History(train={1: dict(loss=1.0)}, val={2: dict(mIoU=0.2)})
+    draw_curves(tmp_path / 'c.png', {'plain': [history]}, 0.4, 'mIoU', 'mIoU', 'iteration')
+    left, right = saved[0].axes
+    assert (left.get_xlabel(), right.get_xlabel(), right.get_ylabel()) == ('iteration', 'iteration', 'mIoU (%)')
+    assert right.lines[0].get_xydata().tolist() == [[2, 20]]
 
 
 def test_pictures_are_written_and_small(tmp_path):
