@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ def read_segmentations(
     Returns:
         None where there is no ground truth, or not a prediction of every model.
     """
-    init_default_scope(config.get('default_scope', 'mmseg'))
+    # mmseg prints which optional packages it has not found when it is imported.
+    with contextlib.redirect_stdout(io.StringIO()):
+        init_default_scope(config.get('default_scope', 'mmseg'))
     dataset = DATASETS.build(config.test_dataloader.dataset)
     classes, palette = dataset.metainfo['classes'], dataset.metainfo['palette']
     load = TRANSFORMS.build(_loader(config.test_dataloader.dataset))
