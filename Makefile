@@ -9,9 +9,10 @@ STARTER := $(or $(PYTHON),$(shell for p in python3 python3.12 python3.11 python3
 PY := "$(VENV)/bin/python"
 
 LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check .
-UNIT = $(PY) -m pytest tests/unit $(PYTEST_ARGS)
-# Two files at once: most of these runs use one core. The tests of a file share what they trained.
-REAL = $(PY) -m pytest tests/integration -n 2 --dist loadfile $(PYTEST_ARGS)
+# Two files at once: most tests use one core. The tests of a file share what they trained.
+TWO = -n 2 --dist loadfile
+UNIT = $(PY) -m pytest tests/unit $(TWO) $(PYTEST_ARGS)
+REAL = $(PY) -m pytest tests/integration $(TWO) $(PYTEST_ARGS)
 
 .PHONY: help install demo test test-unit test-real lint format clean
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,8 +256,9 @@ def last_checkpoint(folder: Path) -> Path:
 
 def count_parameters(config: Config) -> int:
     """Number of parameters of a config's model."""
-    # mmseg prints which optional packages it has not found when it is imported.
-    with contextlib.redirect_stdout(io.StringIO()):
+    # mmseg prints which optional packages it has not found when it is imported, and its losses warn of their defaults.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         init_default_scope(config.get('default_scope', 'mmengine'))
         model = MODELS.build(without_pretrained(config.model))
     return sum(p.numel() for p in model.parameters())
