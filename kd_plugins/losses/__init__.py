@@ -1,9 +1,9 @@
 """What is matched between student and teacher: one published method per file, as a function and a module.
 
-Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss``, a cross-entropy, and
-``MGDLoss``, which has to recover what it hides), computes in float32 outside autocast (float64 stays), sends no
-gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is given:
-``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors), ``'predictions'`` (two aligned
+Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss`` and ``OFALoss``,
+cross-entropies, and ``MGDLoss``, which has to recover what it hides), computes in float32 outside autocast (float64
+stays), sends no gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is
+given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors), ``'predictions'`` (two aligned
 ``DensePredictions``), ``'masks'`` (two ``(B, K, H, W)`` maps of mask logits) or ``'segmentation'`` (two
 ``(B, C, H, W)`` maps of class logits, whose grids may differ); a loss with ``needs_target`` takes the labels as third
 argument. Only torch is needed::
@@ -19,6 +19,7 @@ from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
 from kd_plugins.losses.box_l1 import BoxL1Loss, box_l1
 from kd_plugins.losses.channel_wise import ChannelWiseDivLoss, channel_wise_div
+from kd_plugins.losses.dist import DISTLoss, dist
 from kd_plugins.losses.dkd import DKDLoss, dkd
 from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
 from kd_plugins.losses.hard_label import HardLabelLoss, hard_label
@@ -26,6 +27,7 @@ from kd_plugins.losses.kl_div import KLDivLoss, kl_div
 from kd_plugins.losses.localization_distill import LocalizationDistillLoss, localization_distill
 from kd_plugins.losses.mask_kl_div import MaskKLDivLoss, mask_kl_div
 from kd_plugins.losses.mgd import MGDLoss, mgd
+from kd_plugins.losses.ofa import OFALoss, ofa
 from kd_plugins.losses.pearson import PearsonLoss, pearson
 from kd_plugins.losses.pixelwise_kl_div import PixelwiseKLDivLoss, pixelwise_kl_div
 from kd_plugins.losses.relation import RelationLoss, relation
@@ -37,6 +39,7 @@ __all__ = [
     'BoxIoULoss',
     'BoxL1Loss',
     'ChannelWiseDivLoss',
+    'DISTLoss',
     'DKDLoss',
     'FeatureMSELoss',
     'HardLabelLoss',
@@ -44,6 +47,7 @@ __all__ = [
     'LocalizationDistillLoss',
     'MGDLoss',
     'MaskKLDivLoss',
+    'OFALoss',
     'PearsonLoss',
     'PixelwiseKLDivLoss',
     'RelationLoss',
@@ -53,6 +57,7 @@ __all__ = [
     'box_iou',
     'box_l1',
     'channel_wise_div',
+    'dist',
     'dkd',
     'feature_mse',
     'hard_label',
@@ -60,6 +65,7 @@ __all__ = [
     'localization_distill',
     'mask_kl_div',
     'mgd',
+    'ofa',
     'pearson',
     'pixelwise_kl_div',
     'relation',

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_not_negative, check_positive, describe, full_precision
+from kd_plugins.losses._labels import class_shares
+
+#: More are no mixture of images, and every one costs a pass over the logits.
+_MOST_CLASSES = 8
 
 
 def dkd(
@@ -27,12 +33,20 @@ def dkd(
     :math:`\alpha = 1, \beta = 1 - p^t_y`. The authors' code masks the target logit by -1000, here it is left out; their
     linear warm-up of the weight over the first 20 epochs is a schedule of the term's weight.
 
+    Soft labels (Mixup, CutMix): the expectation of the loss over the classes that an image was mixed from,
+    :math:`\sum_k q_k \, \mathrm{DKD}(y = k)` with :math:`q` the label less the floor of label smoothing (its smallest
+    value), divided by its sum. The paper has hard labels only.
+
+    With two classes the other class is alone, NCKD is exactly 0, and ``beta`` would do nothing: they are refused
+    unless ``beta`` is 0. What is left, TCKD, is `kl_div`, whichever class is the true one.
+
     Reduction: sum over the classes, mean over all positions N.
 
     Args:
         student: ``(..., C)`` class logits, ``C >= 2``.
         teacher: ``(..., C)`` class logits; no gradient flows into it.
-        target: ``(...)`` int64 true classes.
+        target: ``(...)`` int64 true classes, or ``(..., C)`` soft labels that sum to 1, of at most 8 classes per
+            position beside the floor.
         alpha: Weight of TCKD, >= 0.
         beta: Weight of NCKD, >= 0. The paper takes 8 for ResNet32x4 on CIFAR-100 and 0.5 on ImageNet.
         temperature: ``T`` > 0.
@@ -41,22 +55,44 @@ def dkd(
         Scalar >= 0, in float32 (float64 if the inputs are).
 
     Raises:
-        DistillError: Shapes do not fit, or a hyper-parameter is out of range.
+        DistillError: Shapes or labels do not fit, or a hyper-parameter is out of range.
     """
     _check(alpha, beta, temperature)
     student, teacher = aligned(student, teacher, 'Class logits', 'map the classes by name first')
-    if target.shape != student.shape[:-1] or target.is_floating_point():
+    count = student.shape[-1]
+    if count < 2:
+        raise DistillError(f'DKD needs at least 2 classes, got {count}.')
+    if count == 2 and beta:
         raise DistillError(
-            f'target must hold one class index per position, {tuple(student.shape[:-1])}, got {tuple(target.shape)} of '
-            f'{target.dtype}.'
+            f'With 2 classes there is one other class, whose share of the others is always 1, so beta={beta!r} would '
+            'do nothing; use KLDivLoss, or write beta=0, which is the same.'
         )
-    if student.shape[-1] < 2:
-        raise DistillError(f'DKD needs at least 2 classes, got {student.shape[-1]}.')
+    shares = class_shares(target, student)
     with full_precision(student):
         student, teacher = student / temperature, teacher / temperature
-        loss = alpha * _kl(_binary(student, target), _binary(teacher, target))
-        loss = loss + beta * _kl(_others(student, target), _others(teacher, target))
+        if shares is None:
+            loss = _decoupled(student, teacher, target, alpha, beta)
+        else:
+            loss = sum(share * _decoupled(student, teacher, own, alpha, beta) for share, own in _mixed(shares))
         return temperature**2 * loss.sum() / max(loss.numel(), 1)
+
+
+def _decoupled(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: float) -> Tensor:
+    """``(...)`` loss of every position, of logits that are softened already."""
+    loss = alpha * _kl(_binary(student, target), _binary(teacher, target))
+    return loss + beta * _kl(_others(student, target), _others(teacher, target))
+
+
+def _mixed(shares: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Share and class, ``(...)`` each: of every position the largest, the second, ... while any is left."""
+    count = int((shares > 0).sum(-1).max()) if shares.numel() else 1
+    if count > _MOST_CLASSES:
+        raise DistillError(
+            f'DKD is computed for every class that an image was mixed from, at most {_MOST_CLASSES}, but a soft label '
+            f'has {count} classes above its smallest value; use KLDivLoss, which needs no labels.'
+        )
+    values, classes = shares.topk(count, -1)
+    return zip(values.unbind(-1), classes.unbind(-1), strict=True)
 
 
 def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:

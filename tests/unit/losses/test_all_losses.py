@@ -18,6 +18,7 @@ from kd_plugins.losses import (
     BoxIoULoss,
     BoxL1Loss,
     ChannelWiseDivLoss,
+    DISTLoss,
     DKDLoss,
     FeatureMSELoss,
     HardLabelLoss,
@@ -25,6 +26,7 @@ from kd_plugins.losses import (
     LocalizationDistillLoss,
     MaskKLDivLoss,
     MGDLoss,
+    OFALoss,
     PearsonLoss,
     PixelwiseKLDivLoss,
     RelationLoss,
@@ -114,6 +116,15 @@ class WithLabels(torch.nn.Module):
         return self.loss(student, teacher, target)
 
 
+class WithSoftLabels(WithLabels):
+    """Two classes per position, smoothed, as Mixup gives them."""
+
+    def forward(self, student, teacher):
+        first = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]).expand(student.shape[:-1])
+        target = sum(w * torch.nn.functional.one_hot((first + k) % 5, 5) for k, w in ((0, 0.63), (1, 0.27))) + 0.02
+        return self.loss(student, teacher, target)
+
+
 class WithLabelMap(WithLabels):
     """Two rows of four pixels, the same in every image; one pixel does not count."""
 
@@ -131,6 +142,7 @@ def mgd_of_the_whole_map():
 CASES = {
     'kl': (KLDivLoss(), logits),
     'kl-T1': (KLDivLoss(temperature=1.0), logits),
+    'kl-teacher-T': (KLDivLoss(temperature=2.0, teacher_temperature=4.0), logits),
     'kl-standardize': (KLDivLoss(temperature=2.0, standardize=True), logits),
     'binary': (BinaryKLDivLoss(), logits),
     'binary-foreground': (BinaryKLDivLoss(temperature=2.0, foreground=True), logits),
@@ -149,6 +161,13 @@ CASES = {
     'mask-T2': (MaskKLDivLoss(temperature=2.0), masks),
     'dkd': (WithLabels(DKDLoss()), logits),
     'dkd-target': (WithLabels(DKDLoss(alpha=2.0, beta=0.0, temperature=1.0)), logits),
+    'dkd-soft': (WithSoftLabels(DKDLoss()), logits),
+    'dist': (DISTLoss(), logits),
+    'dist-inter': (DISTLoss(beta=2.0, gamma=0.0, temperature=4.0), logits),
+    'dist-intra': (DISTLoss(beta=0.0), logits),
+    'ofa': (WithLabels(OFALoss(gamma=1.5)), logits),
+    'ofa-soft': (WithSoftLabels(OFALoss(gamma=1.5, temperature=2.0)), logits),
+    'ofa-author': (WithLabels(OFALoss(gamma=1.5, form='author')), logits),
     'hard': (HardLabelLoss(), logits),
     'pixelwise': (PixelwiseKLDivLoss(), features),
     'pixelwise-labels': (WithLabelMap(PixelwiseKLDivLoss(temperature=2.0)), features),
@@ -173,8 +192,9 @@ def every_loss_but(*names):
 
 
 every_loss = every_loss_but()
-# A cross-entropy against the teacher's decision is 0 for a certain student, not for an equal one.
-every_divergence = every_loss_but('hard')
+# Cross-entropies; least for another student than an equal one, as with a temperature of the teacher's own.
+OFA = ('ofa', 'ofa-soft', 'ofa-author')
+every_divergence = every_loss_but('hard', 'kl-teacher-T', *OFA)
 # Equal for a student that is turned, mirrored or enlarged, and for any embedding size; they couple the images.
 RELATIONS = ('relation', 'relation-distance')
 
@@ -203,7 +223,7 @@ def test_positive_scalar_elsewhere(loss, build):
     assert value.shape == () and value > 1e-3
 
 
-@every_loss_but(*RELATIONS)
+@every_loss_but(*RELATIONS, *OFA)
 def test_gradient_descent_reaches_the_teacher(loss, build):
     teacher, student = raw(2, 1), leaves(raw(2, 0))
     value = loss(build(student), build(teacher))
@@ -236,7 +256,7 @@ def test_no_gradient_to_the_teacher(loss, build):
     assert any(s.grad is not None for s in student)
 
 
-@every_loss_but(*RELATIONS)
+@every_loss_but('dist-intra', *RELATIONS)  # all positions are equal here
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_at_logit_gaps_of_200(loss, build, dtype):
     """Finite, with finite gradients, and as exact as float32 on the same numbers."""
@@ -271,7 +291,7 @@ def test_float64_is_computed_in_float64(loss, build):
     assert value.item() == pytest.approx(single.item(), rel=1e-5) and value.item() != single.item()
 
 
-@every_loss_but('pearson', *RELATIONS)
+@every_loss_but('pearson', 'dist', 'dist-intra', *RELATIONS)
 def test_loss_of_a_batch_is_the_mean_over_its_images(loss, build):
     """So it does not depend on batch size, accumulation or the number of GPUs; also with confidence weights."""
     student, teacher = raw(3, 0), raw(3, 1)
@@ -305,10 +325,10 @@ def test_module_is_stateless_and_copies(loss, build):
 
 
 def test_hyper_parameters_are_shown():
-    assert repr(KLDivLoss(3.0)) == 'KLDivLoss(temperature=3.0, standardize=False)'
+    assert repr(KLDivLoss(3.0)) == 'KLDivLoss(temperature=3.0, standardize=False, teacher_temperature=None)'
 
 
-@pytest.mark.parametrize('name', ['kl', 'kl-standardize', 'binary', 'ld', 'mask', 'cwd'])
+@pytest.mark.parametrize('name', ['kl', 'kl-teacher-T', 'kl-standardize', 'binary', 'ld', 'mask', 'cwd', 'dist'])
 def test_temperature_is_read_at_every_call(name):
     loss, build = CASES[name]
     loss = copy.deepcopy(loss)
@@ -325,9 +345,11 @@ BAD = [
             KLDivLoss,
             BinaryKLDivLoss,
             ChannelWiseDivLoss,
+            DISTLoss,
             DKDLoss,
             LocalizationDistillLoss,
             MaskKLDivLoss,
+            OFALoss,
             PixelwiseKLDivLoss,
         )
         for v in (0, *NUMBERS)
@@ -339,6 +361,9 @@ BAD = [
         for v in ('box', 'yes', 1, None)
     ],
     *[(DKDLoss, name, v) for name in ('alpha', 'beta') for v in NUMBERS],
+    *[(DISTLoss, name, v) for name in ('beta', 'gamma') for v in NUMBERS],
+    *[(OFALoss, 'gamma', v) for v in (0, *NUMBERS)],
+    *[(OFALoss, 'form', v) for v in ('code', 'Paper', None)],
     *[(YOLOLogitLoss, 'foreground', v) for v in ('cls', 1, None)],
     *[(KLDivLoss, 'standardize', v) for v in ('yes', 1, None)],
     *[(PixelwiseKLDivLoss, 'alpha', v) for v in (1.5, *NUMBERS) if v is not None],
@@ -378,6 +403,7 @@ def test_different_shapes_are_refused(loss, build):
     'function',
     [
         losses.kl_div,
+        losses.dist,
         losses.binary_kl_div,
         losses.feature_mse,
         losses.channel_wise_div,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kd_plugins.errors import DistillError
 from kd_plugins.losses import KLDivLoss, kl_div
 
 
@@ -93,3 +94,53 @@ def test_large_logit_gap_has_the_exact_value():
     """log(softmax(x)) would be infinite: the student's probability of the teacher's class is e^-200."""
     student, teacher = torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])
     assert kl_div(student, teacher, temperature=1.0).item() == pytest.approx(200.0)
+
+
+# ------------------------------------------------------------------ another temperature for the teacher
+@pytest.mark.parametrize('temperature, teacher_temperature', [(1.0, 3.0), (4.0, 1.5), (2.0, 2.0)])
+@pytest.mark.parametrize('standardize', [False, True])
+def test_teacher_temperature(temperature, teacher_temperature, standardize):
+    """T^2 is that of the student."""
+    student, teacher = random(4, 7), random(4, 7, seed=1)
+    rows = []
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        if standardize:
+            s, t = standardized(s), standardized(t)
+        p_s, p_t = softmax(s, temperature), softmax(t, teacher_temperature)
+        rows.append(sum(b * math.log(b / a) for a, b in zip(p_s, p_t, strict=True)))
+    expected = temperature**2 * sum(rows) / 4
+    value = kl_div(
+        student, teacher, temperature=temperature, teacher_temperature=teacher_temperature, standardize=standardize
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    loss = KLDivLoss(temperature, standardize, teacher_temperature)
+    assert torch.equal(loss(student, teacher), value)
+
+
+def test_with_a_teacher_temperature_zero_is_at_equal_softened_probabilities():
+    teacher = random(4, 7)
+    assert kl_div(0.5 * teacher, teacher, temperature=2.0, teacher_temperature=4.0).item() == pytest.approx(
+        0, abs=1e-12
+    )
+    assert kl_div(teacher, teacher, temperature=2.0, teacher_temperature=4.0).item() > 1e-2
+
+
+def test_the_teacher_follows_the_temperature_unless_it_has_its_own():
+    """A schedule sets ``temperature`` between the calls."""
+    student, teacher = random(4, 7), random(4, 7, seed=1)
+    follows, own = KLDivLoss(4.0), KLDivLoss(4.0, teacher_temperature=4.0)
+    assert torch.equal(follows(student, teacher), own(student, teacher))
+    follows.temperature = own.temperature = 1.0
+    assert torch.equal(follows(student, teacher), kl_div(student, teacher, temperature=1.0))
+    assert torch.equal(own(student, teacher), kl_div(student, teacher, temperature=1.0, teacher_temperature=4.0))
+
+
+@pytest.mark.parametrize('value', [0, -1.0, math.nan, math.inf, '1', True])
+def test_teacher_temperature_is_checked(value):
+    for call in (
+        lambda: KLDivLoss(teacher_temperature=value),
+        lambda: kl_div(*[random(1, 2)] * 2, teacher_temperature=value),
+    ):
+        with pytest.raises(DistillError, match='teacher_temperature') as error:
+            call()
+        assert repr(value) in str(error.value)
