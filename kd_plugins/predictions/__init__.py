@@ -1,6 +1,7 @@
-"""Heads of any framework, read into forms that losses are written against: detection and segmentation."""
+"""Heads of any framework, read into forms that losses are written against: detection, segmentation, classification."""
 
 from kd_plugins.predictions.align import align, match_classes
+from kd_plugins.predictions.classes import ClassLogits, ClassPredictions, align_classes, map_class_labels
 from kd_plugins.predictions.dense import DensePredictions
 from kd_plugins.predictions.pixels import PixelPredictions, align_pixels, common_grid, map_labels
 from kd_plugins.predictions.readers import (
@@ -13,12 +14,16 @@ from kd_plugins.predictions.readers import (
 )
 
 __all__ = [
+    'ClassLogits',
+    'ClassPredictions',
     'DensePredictions',
     'PixelPredictions',
     'align',
+    'align_classes',
     'align_pixels',
     'common_grid',
     'find_reader',
+    'map_class_labels',
     'map_labels',
     'match_classes',
     'read',

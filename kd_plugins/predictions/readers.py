@@ -1,7 +1,7 @@
 """Which function reads which head into a canonical form.
 
-Detection heads are read into :class:`DensePredictions`, segmentation heads into :class:`PixelPredictions`. A reader
-turns what ``head.forward`` returned into the canonical form::
+Detection heads are read into :class:`DensePredictions`, segmentation heads into :class:`PixelPredictions`, the logits
+of classifiers into :class:`ClassPredictions`. A reader turns what ``head.forward`` returned into the canonical form::
 
     from kd_plugins.predictions import DensePredictions, register_reader
 
@@ -21,15 +21,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.predictions.classes import ClassLogits, ClassPredictions
 from kd_plugins.predictions.dense import DensePredictions
 from kd_plugins.predictions.pixels import PixelPredictions
 
-Form = type[DensePredictions] | type[PixelPredictions]
-_KINDS: dict[Form, str] = {DensePredictions: 'detection', PixelPredictions: 'segmentation'}
-Reader = Callable[..., DensePredictions | PixelPredictions]
+Predictions = DensePredictions | PixelPredictions | ClassPredictions
+Form = type[DensePredictions] | type[PixelPredictions] | type[ClassPredictions]
+_KINDS: dict[Form, str] = {
+    DensePredictions: 'detection',
+    PixelPredictions: 'segmentation',
+    ClassPredictions: 'classification',
+}
+Reader = Callable[..., Predictions]
 
 # A class that overrides one of these between the head and the class that the reader was written for gives the
 # head's outputs another meaning, so the reader must not be applied (VFNetHead is an ATSSHead by inheritance only).
@@ -44,7 +50,15 @@ DECODING = (
 #: The same for segmentation heads, which all have a forward of their own that returns logits.
 PIXEL_DECODING = ('predict', 'predict_by_feat')
 
-_readers: dict[Form, dict[str | type, Reader]] = {DensePredictions: {}, PixelPredictions: {}}
+#: The same for classifiers.
+CLASS_DECODING = ('predict',)
+_DECODING: dict[Form, tuple[str, ...]] = {
+    DensePredictions: DECODING,
+    PixelPredictions: PIXEL_DECODING,
+    ClassPredictions: CLASS_DECODING,
+}
+
+_readers: dict[Form, dict[str | type, Reader]] = {form: {} for form in _KINDS}
 _unreadable: dict[str | type, str] = {}
 
 
@@ -55,7 +69,7 @@ def register_reader(target: str | type, form: Form = DensePredictions) -> Callab
         target: The head class, or its name: ``'package.ClassName'`` (any module of that package; nothing needs
             to be imported), or just ``'ClassName'`` for a class of that name wherever it is defined. The
             later registration of the same target wins.
-        form: What the head is read into: `DensePredictions` or `PixelPredictions`.
+        form: What the head is read into: `DensePredictions`, `PixelPredictions` or `ClassPredictions`.
 
     Returns:
         The decorator; the function itself is returned unchanged. It gets ``outputs`` exactly as
@@ -115,7 +129,7 @@ def find_reader(head: nn.Module, form: Form = DensePredictions) -> Reader:
                 return reader
             raise _refusal(name, form, f'{override} makes its outputs mean something else than those of {cls.__name__}')
         if override is None:
-            own = [m for m in (PIXEL_DECODING if form is PixelPredictions else DECODING) if m in vars(cls)]
+            own = [m for m in _DECODING[form] if m in vars(cls)]
             if own:
                 override = f'{cls.__name__}.{own[0]}'
     for other, kind in _KINDS.items():
@@ -136,9 +150,7 @@ def readable(head: nn.Module, form: Form = DensePredictions) -> bool:
     return True
 
 
-def read(
-    head: nn.Module, outputs: Any, *, training: bool | None = None, form: Form = DensePredictions
-) -> DensePredictions | PixelPredictions:
+def read(head: nn.Module, outputs: Any, *, training: bool | None = None, form: Form = DensePredictions) -> Predictions:
     """Read what ``head.forward`` returned.
 
     Args:
@@ -183,3 +195,9 @@ def _refusal(name: str, form: Form, because: str = '') -> DistillError:
         f'function (head, outputs, *, training) -> {form.__name__} and decorate it with '
         f'@kd_plugins.predictions.register_reader({own}).'
     )
+
+
+@register_reader(ClassLogits, form=ClassPredictions)
+def read_class_logits(head: ClassLogits, outputs: Tensor, *, training: bool) -> ClassPredictions:
+    """Read what passed through a `ClassLogits`."""
+    return ClassPredictions(outputs, head.activation)

@@ -1,0 +1,130 @@
+"""The canonical form that classifiers are read into, and how two of them are made comparable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError
+
+ACTIVATIONS = ('softmax', 'sigmoid', 'either')
+
+
+@dataclass(frozen=True)
+class ClassPredictions:
+    """Raw predictions of a classifier for one batch of images.
+
+    Attributes:
+        logits: ``(B, C)`` class logits.
+        activation: ``'softmax'`` (classes exclude each other), ``'sigmoid'`` (every class is a yes or no), or
+            ``'either'`` (they exclude each other, but each was trained as a yes or no).
+
+    Raises:
+        DistillError: ``logits`` has another shape, or the activation is unknown.
+    """
+
+    logits: Tensor
+    activation: str = 'softmax'
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.logits, Tensor) or self.logits.dim() != 2:
+            kind = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+            raise DistillError(f'Class logits of a classifier must be (B, C), got {kind}.')
+        if self.activation not in ACTIVATIONS:
+            raise DistillError(f'activation must be one of {ACTIVATIONS}, got {self.activation!r}.')
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.logits.shape[1]
+
+    def replace(self, **changes: object) -> ClassPredictions:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def detach(self) -> ClassPredictions:
+        """A copy without gradients."""
+        return self.replace(logits=self.logits.detach())
+
+
+class ClassLogits(nn.Module):
+    """Where the class logits of a classifier pass, so that they can be tapped under one name whatever the network.
+
+    Args:
+        num_classes: How many there are, or None when unknown.
+        activation: See `ClassPredictions`.
+    """
+
+    def __init__(self, num_classes: int | None = None, activation: str = 'softmax') -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.activation = activation
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """``(B, C)`` logits, as they come."""
+        return logits
+
+
+def align_classes(
+    student: ClassPredictions,
+    teacher: ClassPredictions,
+    classes: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> tuple[ClassPredictions, ClassPredictions]:
+    """Make two classifiers' predictions comparable class by class.
+
+    Args:
+        student: Predictions of the student.
+        teacher: Predictions of the teacher for the same images.
+        classes: ``(student_indices, teacher_indices)`` of the classes that correspond; of a softmax this leaves the
+            distribution among them. None: all, in the same order.
+
+    Returns:
+        ``(student, teacher)`` of equal batch and number of classes.
+
+    Raises:
+        DistillError: Batches or class counts do not fit together.
+    """
+    if len(student.logits) != len(teacher.logits):
+        raise DistillError(
+            f'The student predicts for {len(student.logits)} images and the teacher for {len(teacher.logits)}.'
+        )
+    if classes is not None:
+        student, teacher = (
+            p.replace(logits=p.logits[:, list(index)]) for p, index in zip((student, teacher), classes, strict=True)
+        )
+    if student.num_classes != teacher.num_classes:
+        raise DistillError(
+            f'The student predicts {student.num_classes} classes and the teacher {teacher.num_classes}: give the names '
+            "of the teacher's as teacher.classes, so that they are matched by name."
+        )
+    return student, teacher
+
+
+def map_class_labels(target: Tensor, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Labels in terms of the classes that are compared, and which images have one.
+
+    An image whose class only the student knows is to be left out: what the teacher says of it is a guess among classes
+    that are all wrong. A mixed image counts when all that it was mixed from is known.
+
+    Args:
+        target: ``(B,)`` int64 labels, or ``(B, C)`` soft ones.
+        known: The student's classes that are compared, in order.
+
+    Returns:
+        The labels, and a ``(B,)`` bool mask of the images that count.
+    """
+    index = list(known)
+    if target.is_floating_point():
+        # What label smoothing spreads over all classes says nothing of the image.
+        mixed = target - target.amin(-1, keepdim=True)
+        keep = mixed[:, index].sum(-1) > 0.999 * mixed.sum(-1)
+        chosen = target[:, index]
+        return chosen / chosen.sum(-1, keepdim=True).clamp(min=1e-12), keep
+    new_of = target.new_full((max(index) + 2,), -1)
+    new_of[index] = torch.arange(len(index), device=target.device, dtype=target.dtype)
+    found = new_of[target.clamp(max=len(new_of) - 1)]
+    return found.clamp(min=0), found >= 0
