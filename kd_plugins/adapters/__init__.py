@@ -19,13 +19,19 @@ before that, from the size of the images::
     from kd_plugins.adapters import as_map
 
     student, teacher = as_map(student, (256, 512)), as_map(teacher, (256, 512))
+
+and `attention_map` does the same with their attention. Where features of two architectures have too little in common,
+`LogitProjector` makes class logits of the student's, for losses on logits. It does not know the sizes beforehand: an
+adapter with ``for_shapes(student_shape, teacher_shape) -> adapter`` is replaced by what that returns in the dry run.
 """
 
+from kd_plugins.adapters.attention import attention_map
 from kd_plugins.adapters.auto import auto_adapter
 from kd_plugins.adapters.chain import AdapterChain
 from kd_plugins.adapters.conv import ConvAdapter
 from kd_plugins.adapters.describe import describe_adapter
 from kd_plugins.adapters.linear import LinearAdapter
+from kd_plugins.adapters.projector import LogitProjector
 from kd_plugins.adapters.resize import ResizeAdapter
 from kd_plugins.adapters.tokens import MapToTokens, TokensToMap, as_map, as_tokens, find_grid
 
@@ -33,11 +39,13 @@ __all__ = [
     'AdapterChain',
     'ConvAdapter',
     'LinearAdapter',
+    'LogitProjector',
     'MapToTokens',
     'ResizeAdapter',
     'TokensToMap',
     'as_map',
     'as_tokens',
+    'attention_map',
     'auto_adapter',
     'describe_adapter',
     'find_grid',

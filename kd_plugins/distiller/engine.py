@@ -10,28 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.adapters import as_map, auto_adapter, describe_adapter
+from kd_plugins.adapters import as_map, attention_map, auto_adapter, describe_adapter
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Call, Capture, find_module
 from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError
-from kd_plugins.losses import BinaryKLDivLoss, HardLabelLoss, KLDivLoss
+from kd_plugins.losses import BinaryKLDivLoss, DISTLoss, DKDLoss, HardLabelLoss, KLDivLoss, OFALoss
 from kd_plugins.predictions import (
+    ClassPredictions,
     DensePredictions,
     PixelPredictions,
     align,
+    align_classes,
     align_pixels,
     common_grid,
     find_reader,
+    map_class_labels,
     map_labels,
     read,
     readable,
 )
 
 Classes = tuple[Sequence[int], Sequence[int]] | None
-Predictions = DensePredictions | PixelPredictions
+Predictions = DensePredictions | PixelPredictions | ClassPredictions
 #: ``targets(inputs, samples)``: the labels of a batch, or None when there are none.
 Targets = Callable[[Any, Any], Tensor | None]
 FORMS: dict[str, type[DensePredictions] | type[PixelPredictions]] = {
@@ -142,6 +145,10 @@ class Distiller:
         if now < self.start or (self.stop is not None and now >= self.stop) or self.alpha == 0:
             return False
         return any(self.weight(t) > 0 for t in self.terms.values())
+
+    def teaches(self, module: str) -> bool:
+        """Whether a student module is tapped by a term that is on at the current position."""
+        return self.active and any(t.student.module == module and self.weight(t) > 0 for t in self.terms.values())
 
     def weight(self, term: Term) -> float:
         """A term's weight at the current position."""
@@ -278,7 +285,9 @@ class Distiller:
     def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> None:
         built: list[nn.Module] = []
         for student, teacher in pairs:
-            if term.consumes != 'features' or term.adapter is None or getattr(term.loss, 'any_grid', False):
+            if term.projects:
+                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
+            elif term.consumes != 'features' or term.adapter is None or getattr(term.loss, 'any_grid', False):
                 adapter = None
             elif term.automatic:
                 channels = not getattr(term.loss, 'any_channels', False)
@@ -286,6 +295,8 @@ class Distiller:
                 adapter = auto_adapter(tuple(student.shape), tuple(teacher.shape), channels=channels, **options)
             else:
                 adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
+            if hasattr(adapter, 'for_shapes'):
+                adapter = adapter.for_shapes(tuple(student.shape), tuple(teacher.shape))
             built.append(_Identity() if adapter is None else adapter)
         losses = None
         if hasattr(term.loss, 'for_channels'):
@@ -348,8 +359,7 @@ class Distiller:
         if live:
             capture.image_size = tuple(inputs.shape[-2:]) if isinstance(inputs, Tensor) else None
             taught = self._run_teacher(inputs, samples, live)
-            needed = any(getattr(t.loss, 'needs_target', False) for t in live)
-            shared = _Shared(target=self._labels(inputs, samples) if needed else None)
+            shared = _Shared(target=self._labels(inputs, samples) if any(map(self._needs_labels, live)) else None)
             for term in live:
                 if term.temperature is not None:
                     term.loss.temperature = term.temperature(self.position.progress)
@@ -372,6 +382,11 @@ class Distiller:
         self.teacher.to(_like(inputs, self.student))
         return self.teacher(inputs, samples, [t.teacher.module for t in terms])
 
+    def _needs_labels(self, term: Term) -> bool:
+        # Images of a class that the teacher does not know are left out.
+        partly = self.classes is not None and (term.projects or self._form(term) is ClassPredictions)
+        return partly or getattr(term.loss, 'needs_target', False)
+
     def _labels(self, inputs: Any, samples: Any) -> Tensor | None:
         return self._targets(inputs, samples) if self._targets is not None else None
 
@@ -393,7 +408,7 @@ class Distiller:
     @property
     def by_class(self) -> bool:
         """Whether a term compares class by class, so that the classes of student and teacher must be matched."""
-        return any(t.consumes in FORMS or self._form(t) is not None for t in self.terms.values())
+        return any(t.consumes in FORMS or t.projects or self._form(t) is not None for t in self.terms.values())
 
     def _form(self, term: Term) -> type[Predictions] | None:
         """The form that both sides of a term are read into; None: its tensors are compared as they are."""
@@ -406,6 +421,9 @@ class Distiller:
             ('student', find_module(self.student, term.student.module, 'student'), term.student),
             ('teacher', find_module(self.teacher.model, term.teacher.module, 'teacher'), term.teacher),
         )
+        if term.projects:
+            # Its student side is a feature.
+            return None
         wanted = FORMS.get(term.consumes)
         if wanted is not None:
             for _, module, tap in sides:
@@ -421,7 +439,7 @@ class Distiller:
             # Logits of a segmentor are maps like others, but their classes have names. Detection heads are many maps.
             forms = (PixelPredictions,) if term.automatic else ()
         else:
-            forms = (DensePredictions, PixelPredictions)
+            forms = (DensePredictions, PixelPredictions, ClassPredictions)
         return next((f for f in forms if all(readable(module, f) for _, module, _ in sides)), None)
 
     def _predictions(
@@ -440,8 +458,7 @@ class Distiller:
                         # Dense maps stay in half precision: the loss converts them, piece by piece where it can.
                         shared.read[side, path] = found.float() if isinstance(found, DensePredictions) else found
                 sides.append(shared.read[side, path])
-            pair = align if form is DensePredictions else align_pixels
-            shared.aligned[key] = pair(sides[0], sides[1].detach(), self.classes)
+            shared.aligned[key] = _ALIGN[form](sides[0], sides[1].detach(), self.classes)
         return shared.aligned[key]
 
     def _call_loss(self, term: Term, student: Predictions, teacher: Predictions, shared: _Shared) -> Tensor:
@@ -450,12 +467,33 @@ class Distiller:
         with torch.autocast(device.type, enabled=False):
             if isinstance(student, PixelPredictions):
                 return self._call_on_pixels(loss, student, teacher, shared)
+            if isinstance(student, ClassPredictions):
+                return self._call_on_classes(loss, student, teacher, shared)
             if term.consumes == 'predictions':
                 return loss(student, teacher)
             # A loss on logits may know what to make of a whole head (its objectness, for one).
             if hasattr(loss, 'from_predictions'):
                 return loss.from_predictions(student, teacher)
             return loss(student.class_logits(), teacher.class_logits())
+
+    def _call_on_classes(
+        self, loss: nn.Module, student: ClassPredictions, teacher: ClassPredictions, shared: _Shared
+    ) -> Tensor:
+        kind = student.activation
+        if any(isinstance(loss, types) and kind not in (right, 'either') for right, types in _KINDS.items()):
+            other = 'BinaryKLDivLoss' if kind == 'sigmoid' else 'KLDivLoss'
+            raise DistillError(
+                f'{type(loss).__name__} does not suit this classifier, whose classes are {_KIND_WORDS[kind]}; write '
+                f"loss=dict(type='{other}')."
+            )
+        ours, theirs, target = _full(student.logits), _full(teacher.logits), shared.target
+        if self.classes is not None and kind != 'sigmoid' and target is not None:
+            target, known = map_class_labels(target, self.classes[0])
+            ours, theirs, target = ours[known], theirs[known], target[known]
+            if not len(ours):
+                # Not one image of this batch is of a class that the teacher knows.
+                return student.logits.sum() * 0
+        return loss(ours, theirs, target) if getattr(loss, 'needs_target', False) else loss(ours, theirs)
 
     def _call_on_pixels(
         self, loss: nn.Module, student: PixelPredictions, teacher: PixelPredictions, shared: _Shared
@@ -493,6 +531,8 @@ class Distiller:
         if form is PixelPredictions:
             ours, theirs = common_grid(*self._predictions(term, student, teacher, shared, form))
             return [(ours.logits, theirs.logits)]
+        if term.projects:
+            return [self._feature_and_classes(term, student, teacher, shared)]
         ours, theirs = student.maps(term.student), teacher.maps(term.teacher)
         if len(ours) != len(theirs):
             raise DistillError(
@@ -511,9 +551,31 @@ class Distiller:
             )
         return pairs
 
+    def _feature_and_classes(
+        self, term: Term, student: Capture, teacher: Capture, shared: _Shared
+    ) -> tuple[Tensor, Tensor]:
+        """The student's feature, and the teacher's logits."""
+        found, path = student.maps(term.student), term.teacher.module
+        if len(found) != 1:
+            raise DistillError(
+                f'student tap {str(term.student)!r} has {len(found)} tensors {_shapes(found)}; pick the feature that '
+                f'is to be projected, e.g. {term.student.module + "[0]"!r}.'
+            )
+        feature = found[0]
+        if feature.dim() == 4 and student.image_size is not None:
+            feature = as_map(feature, student.image_size)
+        if ('teacher', path) not in shared.read:
+            call = teacher.call(path)
+            predictions = read(teacher.modules[path], call.output, training=call.training, form=ClassPredictions)
+            shared.read['teacher', path] = predictions
+        return feature, shared.read['teacher', path].logits.detach()
+
     @staticmethod
     def _maps(term: Term, ours: Tensor, theirs: Tensor, student: Capture, teacher: Capture) -> tuple[Tensor, Tensor]:
-        """Both as (B, C, H, W) maps where one is a map or the sequences differ; otherwise as they are."""
+        """Both as (B, C, H, W) maps where one is a map or the sequences differ; otherwise as they are.
+
+        Attention probabilities become maps of what they attend to, one channel per head.
+        """
         if ours.dim() == theirs.dim() == 2:
             return ours, theirs
         prefix = term.automatic.get('prefix_tokens')
@@ -522,16 +584,24 @@ class Distiller:
         for side, tensor, capture, tokens in zip(
             ('student', 'teacher'), (ours, theirs), (student, teacher), prefixes, strict=True
         ):
-            if tensor.dim() == 4 and capture.image_size is None:
+            tap = term.student if side == 'student' else term.teacher
+            owner = capture.attention.get(tap.module)
+            if owner is None and tensor.dim() == 4 and capture.image_size is None:
                 found.append(tensor)
                 continue
+            # Windows lie in the batch: it is larger than that of the images.
+            if owner is not None and ('Window' in type(owner).__name__ or len(ours) != len(theirs)):
+                raise DistillError(
+                    f'{side} {str(tap)!r}: {type(owner).__name__} attends within windows of the image, so there is no '
+                    'map of where the whole image is attended to; tap the attention of a ViT, or features.'
+                )
             try:
-                found.append(as_map(tensor, capture.image_size, tokens))
+                to_map = as_map if owner is None else attention_map
+                found.append(to_map(tensor, capture.image_size, tokens))
             except DistillError as error:
                 if ours.dim() == theirs.dim() == 3 and ours.shape[1] == theirs.shape[1]:
                     # Queries and the like: a sequence without a grid, paired in order.
                     return ours, theirs
-                tap = term.student if side == 'student' else term.teacher
                 raise DistillError(f'{side} {str(tap)!r}: {error}') from error
         return found[0], found[1]
 
@@ -553,6 +623,13 @@ class Distiller:
                     f'student {str(term.student)!r} is {_shapes([student])} but teacher {str(term.teacher)!r} is '
                     f'{_shapes([teacher])}; {advice}.'
                 )
+            if term.projects:
+                # Projectors make all of the teacher's classes: which are shared is known later than their size.
+                theirs = None if self.classes is None else (self.classes[1], self.classes[1])
+                kind = shared.read['teacher', term.teacher.module].activation
+                pair = align_classes(ClassPredictions(student, kind), ClassPredictions(teacher, kind), theirs)
+                values.append(self._call_loss(term, *pair, shared))
+                continue
             loss = parts['losses'][level] if 'losses' in parts else term.loss
             # Also for users' own losses: half precision overflows.
             with torch.autocast(student.device.type, enabled=False):
@@ -564,8 +641,11 @@ class Distiller:
 
 
 #: Losses on logits that are meant for one kind of classes.
-_KINDS = {'softmax': (HardLabelLoss, KLDivLoss), 'sigmoid': (BinaryKLDivLoss,)}
+_KINDS = {'softmax': (DISTLoss, DKDLoss, HardLabelLoss, KLDivLoss, OFALoss), 'sigmoid': (BinaryKLDivLoss,)}
 _KIND_WORDS = {'softmax': 'a softmax together', 'sigmoid': 'a sigmoid each'}
+
+
+_ALIGN = {DensePredictions: align, PixelPredictions: align_pixels, ClassPredictions: align_classes}
 
 
 @contextmanager
@@ -650,6 +730,8 @@ def _shapes(tensors: Sequence[Tensor]) -> str:
 
 
 def _describe(p: Predictions) -> str:
+    if isinstance(p, ClassPredictions):
+        return f'{p.num_classes} classes'
     if isinstance(p, PixelPredictions):
         return f'{p.num_classes} classes, ' + 'x'.join(map(str, p.logits.shape[1:]))
     parts = [f'{p.num_classes} classes']

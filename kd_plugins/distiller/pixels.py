@@ -18,8 +18,8 @@ class PixelFormat:
     """How a model's input is made from pixels (0 to 255): ``(pixel - mean) / std``, per channel in its own order.
 
     Attributes:
-        mean: Three means in pixels.
-        std: Three standard deviations in pixels.
+        mean: Means in pixels, one per channel.
+        std: Standard deviations in pixels, one per channel.
         rgb: Whether the channels are RGB; False: BGR.
         pad: What padding holds, in normalised units.
     """
@@ -38,6 +38,12 @@ class PixelFormat:
 ULTRALYTICS = PixelFormat(std=(255.0, 255.0, 255.0), rgb=True, pad=114 / 255)
 
 
+_OTHER_CHANNELS = (
+    'The student sees images of {} channels and the teacher takes {}; take a teacher that was trained on the same kind '
+    'of images.'
+)
+
+
 class Renormalize:
     """Turns the student's processed batch into the teacher's.
 
@@ -49,14 +55,29 @@ class Renormalize:
     Args:
         student: The format of the batches.
         teacher: The format that the teacher expects.
+        channels: How many channels the teacher takes: grey images are repeated to as many. Default: as they come, and
+            three where the student's format has one channel and the teacher's three.
+
+    Raises:
+        DistillError: The formats have other numbers of channels.
 
     Attributes:
         same: Whether both agree, so that the student's tensor itself is handed on.
         description: For the summary table.
     """
 
-    def __init__(self, student: PixelFormat, teacher: PixelFormat) -> None:
+    def __init__(self, student: PixelFormat, teacher: PixelFormat, channels: int | None = None) -> None:
         ours, theirs = ([torch.tensor(v, dtype=torch.float64) for v in (f.mean, f.std)] for f in (student, teacher))
+        counts = len(student.mean), len(teacher.mean)
+        if counts[0] == 1:
+            ours = [v.expand(counts[1]) for v in ours]
+            channels = counts[1] if channels is None else channels
+        elif counts[1] == 1 and all(bool((v == v[0]).all()) for v in ours):
+            # Such a format (Ultralytics') says nothing of the number of channels; the images will.
+            ours = [v[:1] for v in ours]
+        elif counts[0] != counts[1]:
+            raise DistillError(_OTHER_CHANNELS.format(*counts))
+        self.channels = channels
         self.flip = student.rgb != teacher.rgb
         # The student's statistics, in the teacher's channel order.
         mean, std = (v.flip(0) if self.flip else v for v in ours)
@@ -84,6 +105,10 @@ class Renormalize:
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
             kind = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise DistillError(f'Distillation needs batches of images (B, C, H, W), this model is given {kind}.')
+        if self.channels is not None and inputs.shape[1] != self.channels:
+            if inputs.shape[1] != 1:
+                raise DistillError(_OTHER_CHANNELS.format(inputs.shape[1], self.channels))
+            inputs = inputs.expand(-1, self.channels, -1, -1)
         if self.same:
             return inputs
         if self.same_values:

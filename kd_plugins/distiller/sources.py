@@ -1,8 +1,9 @@
 """Where a teacher comes from: one module per kind of model, chosen by a key of the ``teacher`` mapping.
 
-``teacher=dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(ultralytics='x.pt')`` and ``dict(timm='resnet50',
-checkpoint='x.pth')`` name teachers for students of any framework. The frameworks' sub-packages must not import each
-other, so a source is registered by the *name* of its module, which is imported when a teacher asks for it. It has
+``teacher=dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(ultralytics='x.pt')``, ``dict(timm='resnet50',
+checkpoint='x.pth')`` and so on name teachers for students of any framework. The frameworks' sub-packages must not
+import each other, so a source is registered by the *name* of its module, which is imported when a teacher asks for
+it. It has
 
 - ``find(cfg) -> dict``: refuse what is misspelt or missing without loading anything, and make paths absolute
   (processes on several GPUs start in another folder);
@@ -35,7 +36,14 @@ def register_teacher(key: str, module: str, example: str) -> None:
 
 register_teacher('config', 'kd_plugins.mm.source', "dict(config='mmdet::...', checkpoint='x.pth')")
 register_teacher('ultralytics', 'kd_plugins.yolo.source', "dict(ultralytics='x.pt')")
-register_teacher('timm', 'kd_plugins.timm.source', "dict(timm='resnet50', checkpoint='x.pth')")
+register_teacher('timm', 'kd_plugins.classifiers.from_timm', "dict(timm='resnet50', checkpoint='x.pth')")
+register_teacher(
+    'torchvision', 'kd_plugins.classifiers.from_torchvision', "dict(torchvision='resnet50', checkpoint='x.pth')"
+)
+register_teacher(
+    'module', 'kd_plugins.classifiers.from_module', "dict(module='my_pkg.my_module:factory', checkpoint='x.pth')"
+)
+register_teacher('exported', 'kd_plugins.classifiers.from_file', "dict(exported='x.pt2')")
 
 
 def teacher_kind(cfg: Any) -> str | None:
@@ -92,4 +100,4 @@ def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
         ) from error
 
 
-_EXTRAS = {'mmengine': 'mm', 'mmcv': 'mm', 'mmdet': 'mm', 'ultralytics': 'yolo', 'timm': 'timm'}
+_EXTRAS = {'mmengine': 'mm', 'mmcv': 'mm', 'mmdet': 'mm', 'ultralytics': 'yolo', 'timm': 'timm', 'torchvision': 'timm'}

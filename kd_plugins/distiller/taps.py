@@ -3,6 +3,9 @@
 Forward hooks are not enough here. MMSegmentation's decode heads and MMDetection's heads in tensor mode are
 called through ``.forward``, which bypasses hooks. A tap therefore replaces ``forward`` on the *instance* while
 a capture is open and takes it off again when the capture closes, also after an exception.
+
+Attention probabilities are a special case: timm computes them only where fused attention is off, which a tap on
+``attn_drop``, the dropout behind them, therefore switches for as long.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, nearest
 
+# The dropout behind the softmax of an attention module, in timm's spelling.
+_ATTENTION = 'attn_drop'
+_ABSENT = object()
 _PATH = re.compile(r'^(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
 
 
@@ -57,7 +63,7 @@ class Call:
 
     Attributes:
         output: What ``forward`` returned, tensors cloned, so that an in-place activation that follows cannot
-            overwrite them.
+            overwrite them. At a tap on attention probabilities what it was given: dropout would thin them out.
         training: The module's ``training`` flag during the call; some heads return other tuples in evaluation.
     """
 
@@ -78,6 +84,10 @@ def find_module(model: nn.Module, path: str, where: str) -> nn.Module:
     """
     module, walked = model, []
     for part in path.split('.'):
+        # What an exported file holds are no layers any more, and it says so.
+        opaque = getattr(module, 'opaque', None)
+        if isinstance(opaque, str):
+            raise DistillError(f'{where} {path!r} cannot be tapped: {opaque}.')
         child = module._modules.get(part)
         if child is None:
             place = '.'.join(walked) or type(model).__name__
@@ -126,15 +136,21 @@ class Capture:
 
     Attributes:
         calls: The recorded calls by path, in order.
+        attention: The attention modules whose probabilities are tapped, by the tap's path (``'...attn.attn_drop'``).
         image_size: ``(H, W)`` in pixels of the batch that the model was given, or None when unknown.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], where: str) -> None:
         self.where = where
         self.modules: dict[str, nn.Module] = {path: find_module(model, path, where) for path in dict.fromkeys(paths)}
+        self.attention = {
+            path: find_module(model, path.removesuffix(f'.{_ATTENTION}'), where)
+            for path in self.modules
+            if path.endswith(f'.{_ATTENTION}')
+        }
         self.calls: dict[str, list[Call]] = {}
         self.image_size: tuple[int, int] | None = None
-        self._saved: list[tuple[nn.Module, bool, Any]] = []
+        self._saved: list[tuple[nn.Module, str, Any]] = []
 
     def open(self) -> Capture:
         """Start recording; forgets what was recorded before."""
@@ -142,19 +158,24 @@ class Capture:
         self.calls = {path: [] for path in self.modules}
         for path, module in self.modules.items():
             # Activation checkpointing also sets `forward` on the instance: keep what was there.
-            had = 'forward' in module.__dict__
-            inner = module.forward
-            self._saved.append((module, had, inner if had else None))
-            module.forward = self._recorder(module, inner, self.calls[path])
+            record = self._recorder(module, module.forward, self.calls[path], path in self.attention)
+            self._override(module, 'forward', record)
+        for module in self.attention.values():
+            if hasattr(module, 'fused_attn'):
+                self._override(module, 'fused_attn', False)
         return self
+
+    def _override(self, module: nn.Module, name: str, value: Any) -> None:
+        self._saved.append((module, name, module.__dict__.get(name, _ABSENT)))
+        setattr(module, name, value)
 
     def close(self) -> None:
         """Stop recording and leave every module exactly as it was found."""
-        for module, had, inner in reversed(self._saved):
-            if had:
-                module.forward = inner
+        for module, name, value in reversed(self._saved):
+            if value is _ABSENT:
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__.pop('forward', None)
+                setattr(module, name, value)
         self._saved.clear()
 
     __enter__ = open
@@ -163,11 +184,11 @@ class Capture:
         self.close()
 
     @staticmethod
-    def _recorder(module: nn.Module, inner, calls: list[Call]):
+    def _recorder(module: nn.Module, inner, calls: list[Call], given: bool):
         @torch.compiler.disable(recursive=False)
         def forward(*args, **kwargs):
             output = inner(*args, **kwargs)
-            calls.append(Call(map_tensors(output, Tensor.clone), module.training))
+            calls.append(Call(map_tensors(args if given else output, Tensor.clone), module.training))
             return output
 
         return forward

@@ -18,6 +18,7 @@ from kd_plugins.errors import DistillError, check_keys, nearest
 TERM_KEYS = ('loss', 'student', 'teacher', 'adapter', 'weight', 'temperature')
 CONSUMES = ('features', 'logits', 'predictions', 'segmentation')
 AUTO_OPTIONS = ('norm', 'prefix_tokens')
+PROJECTORS = ('LogitProjector', 'kd_plugins.LogitProjector', adapters.LogitProjector)
 Resolver = Callable[[str], Callable[..., nn.Module] | None]
 
 
@@ -32,7 +33,7 @@ class Term:
         student: Tap in the student.
         teacher: Tap in the teacher.
         adapter: ``'auto'`` or ``dict(type='auto', **options)``, None (shapes must fit), a config ``dict(type=...)``,
-            or a list of configs, one after the other.
+            or a list of configs, one after the other. Losses on logits take none but `LogitProjector`.
         weight: Schedule of the weight.
         temperature: Schedule of the loss's temperature, or None to leave it as configured.
     """
@@ -58,6 +59,11 @@ class Term:
         if isinstance(self.adapter, Mapping) and self.adapter.get('type') == 'auto':
             return {'norm': False, **{k: v for k, v in self.adapter.items() if k != 'type'}}
         return {}
+
+    @property
+    def projects(self) -> bool:
+        """Whether the student's tap is a feature of which the adapter makes class logits."""
+        return _is_projector(self.adapter)
 
     @property
     def always_zero(self) -> bool:
@@ -156,7 +162,12 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
         temperature = build_schedule(cfg['temperature'], f'{where}: temperature', 0.0, strict=True)
     adapter = cfg.get('adapter', 'auto')
     _check_adapter(adapter, where)
-    if adapter not in ('auto', None) and consumes != 'features':
+    if _is_projector(adapter) and consumes != 'logits':
+        raise DistillError(
+            f'{where}: LogitProjector makes class logits, and {type(loss).__name__} compares {consumes}; take a loss '
+            "on logits, e.g. loss=dict(type='KLDivLoss'), or another adapter."
+        )
+    if adapter not in ('auto', None) and consumes != 'features' and not _is_projector(adapter):
         what = 'class logits of pixels' if consumes == 'segmentation' else consumes
         raise DistillError(f'{where}: {type(loss).__name__} compares {what}, which take no adapter; remove it.')
     return Term(
@@ -168,6 +179,10 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
         weight=build_schedule(cfg.get('weight', 1.0), f'{where}: weight'),
         temperature=temperature,
     )
+
+
+def _is_projector(adapter: Any) -> bool:
+    return isinstance(adapter, Mapping) and adapter.get('type') in PROJECTORS
 
 
 def _check_adapter(adapter: Any, where: str) -> None:

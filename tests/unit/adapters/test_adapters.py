@@ -316,6 +316,7 @@ def test_names_that_a_config_can_use():
         'AdapterChain',
         'ConvAdapter',
         'LinearAdapter',
+        'LogitProjector',
         'MapToTokens',
         'ResizeAdapter',
         'TokensToMap',

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kd_plugins.distiller import Capture, Tap, find_module
@@ -163,3 +164,80 @@ def test_closing_twice_is_harmless(net):
     capture.close()
     capture.close()
     assert instance_forwards(net) == []
+
+
+class Attention(nn.Module):
+    """One head as timm writes it: the probabilities exist only without fused attention."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+        self.attn_drop = nn.Dropout(dropout)
+        self.fused_attn = True
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        if self.fused_attn:
+            rate = self.attn_drop.p if self.training else 0.0
+            return scaled_dot_product_attention(q, k, v, dropout_p=rate).squeeze(1)
+        attention = self.attn_drop((q @ k.transpose(-2, -1) / 2).softmax(-1))
+        return (attention @ v).squeeze(1)
+
+
+def attending(dropout=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(Attention(dropout)), nn.Sequential(Attention(dropout))).train()
+
+
+def test_attention_probabilities_exist_while_they_are_tapped():
+    model, x = attending(), torch.randn(2, 5, 4)
+    fused = model(x)
+    with Capture(model, ['1.0.attn_drop'], 'student') as capture:
+        assert [model[0][0].fused_attn, model[1][0].fused_attn] == [True, False]
+        plain = model(x)
+    assert torch.allclose(plain, fused, atol=1e-6)
+    assert model[1][0].fused_attn is True
+    (found,) = capture.maps(Tap('1.0.attn_drop'))
+    assert capture.attention == {'1.0.attn_drop': model[1][0]}
+    assert found.shape == (2, 1, 5, 5) and torch.allclose(found.sum(-1), torch.ones(2, 1, 5))
+    found[:, :, 0].square().sum().backward()
+    # Queries and keys alone make the probabilities, and all that comes before.
+    assert model[1][0].qkv.weight.grad[:8].abs().min() > 0 and not model[1][0].qkv.weight.grad[8:].any()
+    assert model[0][0].qkv.weight.grad[8:].abs().min() > 0
+
+
+def test_dropout_does_not_thin_out_recorded_attention():
+    model, x = attending(dropout=0.5), torch.randn(2, 5, 4)
+    with Capture(model, ['0.0.attn_drop'], 'student') as capture:
+        model(x)
+    (found,) = capture.maps(Tap('0.0.attn_drop'))
+    assert torch.allclose(found.sum(-1), torch.ones(2, 1, 5)) and found.min() > 0
+
+
+def test_fused_attention_is_back_after_an_exception_and_stays_off_where_it_was():
+    model = attending()
+    model[0][0].fused_attn = False
+    with pytest.raises(RuntimeError), Capture(model, ['0.0.attn_drop', '1.0.attn_drop'], 'student'):
+        model(torch.randn(2, 5, 7))
+    assert [model[0][0].fused_attn, model[1][0].fused_attn] == [False, True]
+    assert instance_forwards(model) == []
+
+
+def test_a_class_level_switch_leaves_nothing_on_the_instance():
+    class ByClass(Attention):
+        fused_attn = True
+
+    model = nn.Sequential(ByClass())
+    del model[0].fused_attn
+    with Capture(model, ['0.attn_drop'], 'teacher') as capture:
+        model(torch.randn(2, 5, 4))
+    assert len(capture.calls['0.attn_drop']) == 1
+    assert 'fused_attn' not in model[0].__dict__ and model[0].fused_attn
+
+
+def test_the_attention_module_itself_is_its_output():
+    model, x = attending(), torch.randn(2, 5, 4)
+    with Capture(model, ['0.0'], 'student') as capture:
+        assert model[0][0].fused_attn and not capture.attention
+        model(x)
+    assert torch.equal(capture.call('0.0').output, model[0][0](x))

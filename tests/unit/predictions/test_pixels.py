@@ -8,7 +8,6 @@ from torch import nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import (
-    DensePredictions,
     PixelPredictions,
     align_pixels,
     common_grid,

@@ -1,0 +1,103 @@
+"""Any torchvision classifier as a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from kd_plugins.classifiers.network import ClassifierNetwork, data_config, image_size
+from kd_plugins.classifiers.teacher import (
+    activation,
+    as_teacher,
+    channels_of,
+    find_options,
+    load_weights,
+    wanted_classes,
+)
+from kd_plugins.distiller import PixelFormat, Teacher, untouched_rng
+from kd_plugins.errors import DistillError, nearest
+
+KEYS = ('torchvision', 'options')
+
+
+def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Check name, options and checkpoint; the file gets an absolute path.
+
+    ``teacher=dict(torchvision='resnet50', checkpoint='x.pth')``; ``options`` holds more of what the model's function
+    takes (``transform_input=True`` for the published weights of GoogLeNet and Inception), the others are those of
+    `find_options`. It is normalised with ImageNet's statistics. A convolutional network or Swin sees the student's
+    resolution unless ``input_size`` names another; a vision transformer or MaxViT is built for ``input_size``
+    (default: 224) and always sees that.
+
+    Raises:
+        DistillError: torchvision has no such classifier, a key is misspelt, or the file is missing.
+    """
+    import torchvision
+
+    name = cfg['torchvision']
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise DistillError(f'teacher.torchvision: torchvision has no classifier {name!r}; {nearest(name, names)}')
+    found = find_options(cfg, KEYS)
+    if not cfg.get('checkpoint'):
+        raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
+    if channels_of(cfg) != 3:
+        raise DistillError(f'teacher.in_chans is {cfg["in_chans"]}, but torchvision has models for 3 channels only.')
+    if not isinstance(cfg.get('options') or {}, Mapping):
+        raise DistillError(f'teacher.options must be a dict of options of {name!r}, got {cfg["options"]!r}.')
+    return found
+
+
+def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
+    """Create the model and load its weights completely.
+
+    Raises:
+        DistillError: The model refuses an option, or the checkpoint does not fit.
+    """
+    name, size = cfg['torchvision'], image_size(cfg.get('input_size'), 'teacher.input_size')
+    with untouched_rng():
+        net, fixed = _create(name, size, wanted_classes(cfg), dict(cfg.get('options') or {}))
+        stored = load_weights(net, cfg, 'torchvision')
+    teacher = as_teacher(
+        # A model that is not told otherwise has ImageNet's classes.
+        ClassifierNetwork(net, wanted_classes(cfg) or 1000, activation(cfg)),
+        cfg,
+        student,
+        kind='torchvision',
+        name=f'torchvision {name}',
+        source=cfg['checkpoint'],
+        data=data_config(net),
+        size=size or fixed,
+        stored=stored,
+    )
+    return teacher, []
+
+
+def _create(
+    name: str, size: tuple[int, int] | None, num_classes: int | None, options: dict[str, Any]
+) -> tuple[nn.Module, tuple[int, int] | None]:
+    """The model and, of one that is built for a single resolution, that."""
+    import torchvision
+
+    fixed = None
+    if name.startswith(('vit_', 'maxvit')):
+        fixed = size or (224, 224)
+        if name.startswith('vit_'):
+            if fixed[0] != fixed[1]:
+                raise DistillError(f'teacher.input_size of {name!r} must be a square, got {fixed}.')
+            options.setdefault('image_size', fixed[0])
+        else:
+            options.setdefault('input_size', fixed)
+    if num_classes is not None:
+        options['num_classes'] = num_classes
+    try:
+        return torchvision.models.get_model(name, weights=None, **options), fixed
+    except Exception as error:
+        given = ', '.join(f'{k}={v!r}' for k, v in options.items()) or 'no options'
+        lines = str(error).strip().splitlines() or ['no details']
+        raise DistillError(
+            f'teacher.torchvision: {name!r} cannot be created with {given} ({type(error).__name__}: '
+            f'{lines[0][:200].rstrip(".")}).'
+        ) from error

@@ -1,1 +1,0 @@
-"""Classifiers of timm as teachers. Importing this imports no timm."""
