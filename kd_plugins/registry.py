@@ -5,7 +5,9 @@ It stands at the top of the package because MMEngine itself imports ``{scope}.re
 """
 
 try:
+    from mmengine.registry import DATASETS as _DATASETS
     from mmengine.registry import HOOKS as _HOOKS
+    from mmengine.registry import METRICS as _METRICS
     from mmengine.registry import MODELS as _MODELS
     from mmengine.registry import Registry
 except ImportError as error:
@@ -16,5 +18,7 @@ except ImportError as error:
 
 _LOCATIONS = ['kd_plugins.mm']
 
+DATASETS = Registry('dataset', parent=_DATASETS, scope='kd_plugins', locations=_LOCATIONS)
 HOOKS = Registry('hook', parent=_HOOKS, scope='kd_plugins', locations=_LOCATIONS)
+METRICS = Registry('metric', parent=_METRICS, scope='kd_plugins', locations=_LOCATIONS)
 MODELS = Registry('model', parent=_MODELS, scope='kd_plugins', locations=_LOCATIONS)

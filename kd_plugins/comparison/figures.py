@@ -111,12 +111,14 @@ class Picture(ABC):
     Attributes:
         name: Of the file, without suffix, and of the section in the report.
         content: What each cell shows, for the caption.
+        chosen: How the images were picked, for the caption.
         alt: What is seen, for those who cannot see it.
         images: Ids of the images, in the order of the rows.
     """
 
     name: ClassVar[str]
     content: ClassVar[str]
+    chosen: ClassVar[str] = 'Images at even distances through the validation set, picked before any prediction was seen'
     alt: ClassVar[str]
     images: Sequence[Any]
 

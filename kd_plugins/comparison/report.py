@@ -80,9 +80,8 @@ def write_report(
         parts += [
             f'<h2>{picture.name.capitalize()}</h2>',
             f'<img src="{file}" alt="{html.escape(picture.alt)}">',
-            f'<p class="note">Seed {plain.results[0].seed}, {html.escape(picture.content)}. Images at even distances '
-            'through the validation set, picked before any prediction was seen: '
-            f'{html.escape(", ".join(map(str, picture.images)))}.</p>',
+            f'<p class="note">Seed {plain.results[0].seed}, {html.escape(picture.content)}. '
+            f'{html.escape(picture.chosen)}: {html.escape(", ".join(map(str, picture.images)))}.</p>',
         ]
     items = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts.items())
     parts += ['<h2>What was run</h2>', f'<dl>{items}</dl>']

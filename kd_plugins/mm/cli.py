@@ -19,6 +19,9 @@ from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.setup import DISTILL_KEYS, build_bank, check_options, find_in_registries
 
+EXPORTED = ('.pt2', '.torchscript')
+#: Files that hold a whole model.
+WITH_WEIGHTS = ('.pt', *EXPORTED)
 RECIPE_KEYS = tuple(k for k in DISTILL_KEYS if k != 'teacher')
 
 
@@ -72,8 +75,15 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
     kd = parser.add_argument_group('distillation', 'turn a plain config into a distilled one without editing it')
     kd.add_argument('--kd', metavar='RECIPE', help='name in configs/kd, or a file that defines terms = dict(...)')
-    kd.add_argument('--teacher', metavar='CONFIG', help='config of the teacher, or the .pt of an Ultralytics model')
-    kd.add_argument('--teacher-checkpoint', metavar='PTH', help='weights of the teacher')
+    kd.add_argument(
+        '--teacher',
+        metavar='CONFIG',
+        help='config of the teacher, or the .pt of an Ultralytics model; for classifiers also timm::NAME, '
+        'torchvision::NAME or an exported .pt2 / .torchscript',
+    )
+    kd.add_argument(
+        '--teacher-checkpoint', metavar='PTH', help='weights of the teacher, where they stand in a file of their own'
+    )
     args = parser.parse_args(argv)
     config = _read_config(args)
     if args.amp:
@@ -88,11 +98,11 @@ def train(argv: Sequence[str] | None = None) -> None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
-    if str(args.teacher).endswith('.pt'):
+    if str(args.teacher).endswith(WITH_WEIGHTS):
         del given['--teacher-checkpoint']
         if args.teacher_checkpoint:
             raise DistillError(
-                '--teacher-checkpoint belongs to the config of a teacher; the .pt of Ultralytics holds its weights.'
+                f'--teacher-checkpoint belongs to the config of a teacher; {args.teacher!r} holds its weights.'
             )
     missing = [option for option, value in given.items() if not value]
     if not missing:
@@ -185,8 +195,9 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
     Args:
         config: Changed in place.
         recipe: Name or file of a recipe: a config that defines ``terms`` and optionally ``start`` and ``stop``.
-        teacher: The teacher's config, or the ``.pt`` of an Ultralytics model.
-        checkpoint: The teacher's weights; a ``.pt`` has its own.
+        teacher: The teacher's config, the ``.pt`` of an Ultralytics model, ``timm::name``, ``torchvision::name``, or an
+            exported classifier (``.pt2``, ``.torchscript``).
+        checkpoint: The teacher's weights; files of models have their own.
 
     Raises:
         DistillError: The recipe is wrong, or the config already distils.
@@ -198,8 +209,7 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
     path = find_recipe(recipe)
     options = {k: v for k, v in Config.fromfile(path).to_dict().items() if k != 'custom_imports'}
     check_keys(options, RECIPE_KEYS, f'recipe {path!r}')
-    source = dict(ultralytics=teacher) if teacher.endswith('.pt') else dict(config=teacher, checkpoint=checkpoint)
-    distill = dict(teacher=source, **options)
+    distill = dict(teacher=_teacher_source(teacher, checkpoint), **options)
     check_options(distill)
     hook = dict(type='kd_plugins.DistillHook')
     if _needs_model_form(config, distill):
@@ -212,9 +222,21 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
     _import_ourselves(config)
 
 
+def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
+    if teacher.endswith(EXPORTED):
+        return dict(exported=teacher)
+    if teacher.endswith('.pt'):
+        return dict(ultralytics=teacher)
+    zoo, separator, name = teacher.partition('::')
+    if separator and zoo in ('timm', 'torchvision'):
+        return {zoo: name, 'checkpoint': checkpoint}
+    return dict(config=teacher, checkpoint=checkpoint)
+
+
 def _needs_model_form(config: Config, distill: Mapping[str, Any]) -> bool:
     terms = build_terms(distill['terms'], find_in_registries).values()
-    if all(t.consumes != 'features' and not any(True for _ in t.loss.parameters()) for t in terms):
+    free = (t.consumes != 'features' and t.adapter in ('auto', None) for t in terms)
+    if all(free) and not any(True for t in terms for _ in t.loss.parameters()):
         return False
     with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
         student = registry.build(without_pretrained(config.model))

@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from kd_plugins.classifiers.stages import stages
 from kd_plugins.distiller import Tap, find_module
 from kd_plugins.errors import DistillError
+from kd_plugins.predictions import ClassLogits
 
 _BODY = ('backbone', 'neck')
+#: Shown to whoever wants to distil into a distillation token that is not there.
+EXAMPLES = 'deit_tiny_distilled_patch16_224, levit_128s, pit_ti_distilled_224, efficientformer_l1, repvit_m0_9'
 _ON_FEATURES = ('decode_head', 'auxiliary_head', 'rpn_head')
 
 
@@ -73,7 +77,7 @@ def _run_head(name: str, head: nn.Module, *inputs: Any) -> Any:
 
 
 def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
-    """The tap that is meant where a path names a list of modules, which never runs itself.
+    """The tap that is meant where a path names no module that runs itself: a list of modules, a stage, a token's head.
 
     Args:
         model: Student or teacher.
@@ -81,11 +85,14 @@ def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
         side: ``'student'`` or ``'teacher'``, for the error message.
 
     Returns:
-        The last stage for the ``decode_head`` of a cascade, which is what predicts; otherwise the tap itself.
+        The last stage for the ``decode_head`` of a cascade, which is what predicts; the module of a classifier's
+        ``'stages[i]'``; otherwise the tap itself.
 
     Raises:
-        DistillError: It names another list, or an output of a list.
+        DistillError: It names another list, an output of a list, or what the model does not have.
     """
+    if isinstance(getattr(model, 'logits', None), ClassLogits):
+        tap = _settle_classifier(model, tap, side)
     module = find_module(model, tap.module, side)
     if not isinstance(module, nn.ModuleList) or not len(module):
         return tap
@@ -97,3 +104,25 @@ def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
         f'{side} {tap.module!r} is a list of {len(module)} modules, which does not run itself; write one of them, '
         f"e.g. '{tap.module}.{number}'{written}."
     )
+
+
+def _settle_classifier(model: nn.Module, tap: Tap, side: str) -> Tap:
+    name = getattr(model, 'model_name', type(getattr(model, 'net', model)).__name__)
+    if tap.module == 'dist_logits' and not hasattr(model, 'dist_logits'):
+        if side == 'teacher':
+            raise DistillError(
+                "teacher 'dist_logits': a teacher teaches with what it predicts; write teacher='logits'."
+            )
+        raise DistillError(
+            f"student 'dist_logits': {name} has no distillation token; write student='logits', or take a student that "
+            f'has one, e.g. {EXAMPLES}.'
+        )
+    if tap.module != 'stages':
+        return tap
+    paths = stages(model.net)
+    if tap.index is None or not -len(paths) <= tap.index < len(paths):
+        raise DistillError(
+            f'{side} {str(tap)!r}: {name} has {len(paths)} stages; write stages[-1] (the last) to '
+            f'stages[-{len(paths)}].'
+        )
+    return Tap.parse(f'net.{paths[tap.index]}', side)

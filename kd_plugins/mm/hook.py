@@ -20,6 +20,8 @@ from kd_plugins.predictions import match_classes
 from kd_plugins.registry import HOOKS
 
 STATE = 'kd_plugins'
+#: The head of a distillation token. While it is taught, the labels teach the class head alone.
+TOKEN = 'dist_logits'
 
 
 @HOOKS.register_module()
@@ -174,12 +176,16 @@ class DistillHook(Hook):
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if model is self._model and _mode(args, kwargs) == 'loss' and self.distiller.active:
             self._capture = self.distiller.capture().open()
+            if hasattr(model, 'separate_heads'):
+                model.separate_heads = self.distiller.teaches(TOKEN)
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.close()
+            if hasattr(model, 'separate_heads'):
+                model.separate_heads = False
         # `always_call` also brings us here when the student's forward raised, with no output.
         if output is None or model is not self._model or _mode(args, kwargs) != 'loss':
             return None

@@ -31,6 +31,9 @@ def normalize(pixels: Tensor, preprocessor: nn.Module | None) -> Tensor:
 
 def pixel_format(preprocessor: nn.Module | None) -> PixelFormat:
     """Mean, std, channel order and pad value of a data preprocessor; plain BGR pixels when there is none."""
+    known = getattr(preprocessor, 'pixel_format', None)
+    if isinstance(known, PixelFormat):
+        return known
     mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
     enabled = getattr(preprocessor, '_enable_normalize', mean is not None) and mean is not None
     # MMSegmentation stores the flag without the underscore. MMEngine's pipelines decode to BGR.

@@ -10,13 +10,13 @@ from mmengine.registry import MODELS
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
-from kd_plugins.distiller import AdapterBank, CannotRunError, Distiller, Teacher, build_terms, untouched_rng
+from kd_plugins.distiller import AdapterBank, CannotRunError, Distiller, Tap, Teacher, build_terms, untouched_rng
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.forward import run_modules, settle
-from kd_plugins.mm.inputs import normalize
-from kd_plugins.mm.targets import labels
-from kd_plugins.mm.teacher import build_untrained, num_classes
+from kd_plugins.mm.inputs import normalize, pixel_format
+from kd_plugins.mm.targets import class_labels, labels
+from kd_plugins.mm.teacher import build_untrained, is_classifier, num_classes
 
 DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop', 'alpha')
 
@@ -69,6 +69,9 @@ def build_distiller(
     for term in terms.values():
         try:
             term.student = settle(student, term.student, 'student')
+            if term.teacher == Tap('logits') and not hasattr(teacher.model, 'logits') and is_classifier(student):
+                # Another framework's name for it.
+                term.teacher = Tap(teacher.head)
             term.teacher = settle(teacher.model, term.teacher, 'teacher')
         except DistillError as error:
             raise DistillError(f'term {term.name!r}: {error}') from error
@@ -79,7 +82,7 @@ def build_distiller(
         start=distill.get('start') or 0,
         stop=distill.get('stop'),
         alpha=distill.get('alpha'),
-        targets=labels,
+        targets=class_labels if is_classifier(student) else labels,
         resolve=find_in_registries,
         bank=bank,
         **options,
@@ -88,6 +91,8 @@ def build_distiller(
 
 def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
     """Run student and teacher once on a grey image with some noise and check every term; nothing changes.
+
+    Classifiers run at the size they are trained at.
 
     Args:
         distiller: The engine.
@@ -98,15 +103,18 @@ def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
     """
     first = next(distiller.student.parameters())
     preprocessor = getattr(distiller.student, 'data_preprocessor', None)
+    channels = len(pixel_format(preprocessor).mean)
 
     def run(size: tuple[int, int]) -> list[Row]:
         # Not white noise: detectors that were trained on pictures answer it with logits in the hundreds, and boxes
         # decoded from those are infinite. Flat grey is what they are padded with.
-        pixels = GREY + NOISE * (torch.rand(1, 3, *size, device=first.device) - 0.5)
+        pixels = GREY + NOISE * (torch.rand(1, channels, *size, device=first.device) - 0.5)
         image = normalize(pixels, preprocessor).to(first.dtype)
         return distiller.dry_run(image, None, run_modules, check_values=check_values)
 
     with untouched_rng():
+        if is_classifier(distiller.student) and getattr(preprocessor, 'size', None):
+            return run(preprocessor.size)
         try:
             return run((DRY_RUN_SIZE, DRY_RUN_SIZE))
         except CannotRunError:

@@ -18,6 +18,7 @@ from kd_plugins.distiller import (
     Resized,
     Teacher,
     build_source,
+    find_module,
     find_source,
     find_weights,
     load_checkpoint,
@@ -29,10 +30,13 @@ from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules
 from kd_plugins.mm.inputs import TeacherInputs, pixel_format
+from kd_plugins.predictions import ClassLogits, ClassPredictions, readable
 
 TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
 #: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
 MIN_SIDE = 32
+#: Where models of the MM family have what predicts.
+HEADS = ('bbox_head', 'decode_head', 'logits')
 
 
 def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
@@ -82,7 +86,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     """
     known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
     if teacher_kind(cfg) not in (None, 'config'):
-        return build_foreign(cfg, known)
+        return build_foreign(cfg, known, 'classifier' if is_classifier(student) else 'detector')
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -106,7 +110,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
-        head='bbox_head' if hasattr(model, 'bbox_head') else 'decode_head',
+        head=next((n for n in HEADS if hasattr(model, n)), ''),
         kind='config',
     )
     return teacher, notes
@@ -130,7 +134,9 @@ def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> Te
     inputs = TeacherInputs(student, getattr(model, 'data_preprocessor', None))
     size, scale = cfg.get('input_size'), cfg.get('input_scale')
     if size is None and scale is None:
-        return inputs
+        # Classifiers say what they were made for; the batches of others have any size.
+        own = getattr(getattr(model, 'data_preprocessor', None), 'size', None) if is_classifier(model) else None
+        return inputs if own is None else Resized(inputs, own, 'bicubic')
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
     if scale is not None:
@@ -150,11 +156,23 @@ def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> Te
     return Resized(inputs, (sides[0], sides[1]))
 
 
-def build_foreign(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
-    """A teacher of another framework, whose head answers to ``bbox_head`` like that of a detector here."""
+def build_foreign(cfg: Mapping[str, Any], student: PixelFormat, kind: str = 'detector') -> tuple[Teacher, list[str]]:
+    """A teacher of another framework: a detector whose head answers to ``bbox_head`` like one here, or a classifier.
+
+    Args:
+        cfg: The ``teacher`` mapping.
+        student: The format of the student's batches.
+        kind: What the student is: ``'detector'`` or ``'classifier'``.
+
+    Raises:
+        DistillError: The teacher cannot be loaded, or is of another kind.
+    """
     teacher, notes = build_source(find_source(cfg), student)
-    if not hasattr(teacher.model, 'bbox_head'):
-        raise DistillError(f'The teacher {teacher.name} is no detector, and cannot teach models of this framework.')
+    found = (
+        'classifier' if readable(find_module(teacher.model, teacher.head, 'teacher'), ClassPredictions) else 'detector'
+    )
+    if found != kind:
+        raise DistillError(f'The teacher {teacher.name} is a {found}, but the student a {kind}; take a {kind}.')
     return teacher, notes
 
 
@@ -198,9 +216,14 @@ def teacher_classes(
     return None
 
 
+def is_classifier(model: Any) -> bool:
+    """Whether a model predicts classes of whole images, through a `ClassLogits`."""
+    return isinstance(getattr(model, 'logits', None), ClassLogits)
+
+
 def num_classes(model: nn.Module) -> int | None:
     """Number of classes a model's head predicts, when it says so."""
-    for name in ('bbox_head', 'decode_head', 'head'):
+    for name in (*HEADS, 'head'):
         head = getattr(model, name, None)
         if isinstance(head, nn.ModuleList) and len(head):
             head = head[-1]
@@ -214,8 +237,8 @@ def dataset_classes(config: Config) -> Sequence[str] | None:
     """Class names of a config's training data set, without building it."""
     dataset = config.get('train_dataloader', {}).get('dataset') if config.get('train_dataloader') else None
     while isinstance(dataset, Mapping):
-        names = (dataset.get('metainfo') or {}).get('classes')
-        if names:
+        names = (dataset.get('metainfo') or {}).get('classes') or dataset.get('classes')
+        if names and not isinstance(names, str):
             return names
         inner = dataset.get('dataset') or (dataset.get('datasets') or [None])[0]
         if inner is None:

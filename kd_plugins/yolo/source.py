@@ -1,4 +1,4 @@
-"""An Ultralytics ``.pt`` file as the teacher of another framework's detector."""
+"""An Ultralytics ``.pt`` file as the teacher of another framework's detector or classifier."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
-    """Load a detector; its head can be tapped as ``bbox_head``, as in the MM family.
+    """Load a detector or classifier; its head can be tapped as ``bbox_head``, as in the MM family, or ``logits``.
 
     Raises:
-        DistillError: It cannot be loaded, or is no detector.
+        DistillError: It cannot be loaded, or is neither.
     """
     teacher = load_teacher(
         cfg['ultralytics'],
@@ -43,9 +43,9 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         feats=False,
         trusted=cfg.get('trusted', False),
     )
-    if family_of(teacher.model, 'teacher') == 'dense':
-        # A second name for the same module, on this private copy.
-        teacher.model.add_module('bbox_head', head_of(teacher.model))
+    # A second name for the same module, on this private copy.
+    teacher.head = 'bbox_head' if family_of(teacher.model, 'teacher') == 'dense' else 'logits'
+    teacher.model.add_module(teacher.head, head_of(teacher.model))
     if cfg.get('classes') is not None:
         if len(cfg['classes']) != teacher.num_classes:
             raise DistillError(

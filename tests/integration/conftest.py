@@ -23,3 +23,14 @@ def seg_lab(tmp_path_factory):
     torch.set_num_threads(1)
     hurry()
     return SegLab(tmp_path_factory.mktemp('seg_lab'))
+
+
+@pytest.fixture(scope='session')
+def cls_lab(tmp_path_factory):
+    """The same for classifiers."""
+    from tests.integration.cls_lab import ClsLab
+    from tests.integration.lab import hurry
+
+    torch.set_num_threads(1)
+    hurry()
+    return ClsLab(tmp_path_factory.mktemp('cls_lab'))

@@ -10,7 +10,7 @@ import torch
 
 from kd_plugins.distiller import ULTRALYTICS, build_source, find_source
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import read
+from kd_plugins.predictions import ClassPredictions, read
 from kd_plugins.yolo import DistillCallback
 from tests.integration.yolo_lab import new_model, results, train, write_data
 from tests.integration.yolo_lab import save_teacher as save_yolo
@@ -189,12 +189,52 @@ def test_timm_sees_its_own_normalisation_and_resolution(timm_teacher, size):
     logits = teacher(image, None, [teacher.head]).call(teacher.head).output
     resized = image
     if size != 64:
-        mode = resolve_data_config({}, model=teacher.model.head)['interpolation']
+        mode = resolve_data_config({}, model=teacher.model.net)['interpolation']
         resized = torch.nn.functional.interpolate(image, (size, size), mode=mode, antialias=True)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
-        expected = teacher.model.head((resized - mean) / std)
+        expected = teacher.model.net((resized - mean) / std)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def other_classifiers(tmp_path_factory):
+    """One network as a torchvision checkpoint and as a program that takes two images of 64x64, no more and no less."""
+    torchvision = pytest.importorskip('torchvision')
+    folder = tmp_path_factory.mktemp('torchvision')
+    torch.manual_seed(0)
+    net = torchvision.models.squeezenet1_1(num_classes=3).eval()
+    torch.save(net.state_dict(), folder / 'net.pth')
+    torch.export.save(torch.export.export(net, (torch.rand(2, 3, 64, 64),)), folder / 'net.pt2')
+    return {
+        'torchvision': dict(torchvision='squeezenet1_1', checkpoint=str(folder / 'net.pth'), classes=sorted(NAMES)),
+        'exported': dict(exported=str(folder / 'net.pt2'), classes=sorted(NAMES)),
+    }
+
+
+@pytest.mark.parametrize(
+    'kind, shown', [('torchvision', 'torchvision squeezenet1_1'), ('exported', 'resized to 64x64')]
+)
+def test_other_classifiers_teach_classify(data, other_classifiers, tmp_path, caplog, kind, shown):
+    found = distil('yolo11n-cls.yaml', other_classifiers[kind], data('classify'), tmp_path)
+    assert found['train/kdcls_loss'][0] > 0
+    text = text_of(caplog)
+    assert shown in text and 'the same 3 classes' in text
+
+
+def test_a_yolo_classifier_for_others(tmp_path):
+    """As the teacher of another framework's classifier: tapped and read like one of its own."""
+    path = save_yolo(tmp_path / 'x.pt', 'yolo11n-cls.yaml', NAMES)
+    teacher, _ = build_source(find_source(dict(ultralytics=path)), ULTRALYTICS)
+    assert teacher.head == 'logits' and teacher.num_classes == 3 and teacher.classes == NAMES
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    call = teacher(image, None, ['logits']).call('logits')
+    found = read(teacher.model.logits, call.output, training=call.training, form=ClassPredictions)
+    with torch.no_grad():
+        probabilities, logits = teacher.model(image)
+    assert found.activation == 'softmax'
+    torch.testing.assert_close(found.logits, logits)
+    torch.testing.assert_close(found.logits.softmax(-1), probabilities)
 
 
 # ------------------------------------------------------------------ masks
@@ -252,17 +292,20 @@ def test_a_checkpoint_of_another_timm_model(timm_teacher):
 def test_a_classifier_cannot_teach_mmdet(timm_teacher, tmp_path):
     from kd_plugins.mm.teacher import build_teacher
 
-    with pytest.raises(DistillError, match='is no detector'):
+    with pytest.raises(DistillError, match='is a classifier, but the student a detector'):
         build_teacher(timm_teacher, ULTRALYTICS)
-    with pytest.raises(DistillError, match='is no detector'):
+    with pytest.raises(DistillError, match='is a classifier, but the student a detector'):
         build_teacher(dict(ultralytics=save_yolo(tmp_path / 'x.pt', 'yolo11n-cls.yaml', NAMES)), ULTRALYTICS)
 
 
 def test_frameworks_do_not_import_each_other():
     """Not even when the other's teacher is known by name."""
     for module, others in (
-        ('kd_plugins.yolo', ('kd_plugins.mm', 'kd_plugins.timm', 'mmengine', 'mmdet', 'timm', 'ultralytics')),
-        ('kd_plugins.mm', ('kd_plugins.yolo', 'kd_plugins.timm', 'ultralytics', 'timm')),
+        (
+            'kd_plugins.yolo',
+            ('kd_plugins.mm', 'kd_plugins.classifiers.from_timm', 'mmengine', 'mmdet', 'timm', 'ultralytics'),
+        ),
+        ('kd_plugins.mm', ('kd_plugins.yolo', 'kd_plugins.classifiers.from_timm', 'ultralytics', 'timm')),
     ):
         code = f'import sys, {module}\nfound = set({others!r}) & set(sys.modules)\nassert not found, found'
         subprocess.run([sys.executable, '-c', code], check=True)

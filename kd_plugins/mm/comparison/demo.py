@@ -1,4 +1,4 @@
-"""The comparisons on the embedded digits that ``make demo`` runs: detection and semantic segmentation."""
+"""The comparisons on the embedded digits that ``make demo`` runs: detection, segmentation and classification."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def demo(
         The figures, see `compare`.
     """
     return _compare(
-        CONFIGS / 'det' / 'digits_yolox',
+        'det/digits_yolox_teacher',
+        'det/digits_yolox_student',
         'Handwritten digits: a small YOLOX, plain and distilled',
         data,
         work_dir=Path(work_dir),
@@ -55,7 +56,8 @@ def demo_segmentation(
 ) -> dict[str, Any]:
     """The same for semantic segmentation: a Semantic FPN of mmseg labels every pixel. See `demo`."""
     return _compare(
-        CONFIGS / 'seg' / 'digits_fpn',
+        'seg/digits_fpn_teacher',
+        'seg/digits_fpn_student',
         'Handwritten digits: a small Semantic FPN, plain and distilled',
         data,
         work_dir=Path(work_dir),
@@ -65,7 +67,50 @@ def demo_segmentation(
     )
 
 
-def _compare(pair: Path, title: str, data: str | os.PathLike, **settings: Any) -> dict[str, Any]:
+def demo_classification(
+    work_dir: str | os.PathLike = 'work_dirs/demo/cls',
+    *,
+    data: str | os.PathLike = 'data/digits',
+    seeds: Sequence[int] = (0,),
+    recipes: Sequence[str] = ('deit_soft', 'deit_hard', 'deit_token'),
+    jobs: int | None = None,
+) -> dict[str, Any]:
+    """The same for single digits: a ResNet of timm teaches a tiny DeiT with a distillation token. See `demo`."""
+    return _compare(
+        'cls/digits_resnet_teacher',
+        'cls/digits_deit_student',
+        'Handwritten digits: a tiny DeiT, plain and distilled from a ResNet',
+        data,
+        work_dir=Path(work_dir),
+        seeds=seeds,
+        recipes=recipes,
+        jobs=jobs,
+    )
+
+
+def demo_across_architectures(
+    work_dir: str | os.PathLike = 'work_dirs/demo/cls_vit',
+    *,
+    data: str | os.PathLike = 'data/digits',
+    seeds: Sequence[int] = (0,),
+    recipes: Sequence[str] = ('kl',),
+    jobs: int | None = None,
+) -> dict[str, Any]:
+    """The other way round: a vision transformer teaches a small ResNet. See `demo`."""
+    return _compare(
+        'cls/digits_vit_teacher',
+        'cls/digits_resnet_student',
+        'Handwritten digits: a small ResNet, plain and distilled from a vision transformer',
+        data,
+        work_dir=Path(work_dir),
+        seeds=seeds,
+        recipes=recipes,
+        jobs=jobs,
+    )
+
+
+def _compare(teacher: str, student: str, title: str, data: str | os.PathLike, **settings: Any) -> dict[str, Any]:
     root = prepare_digits(data)
     os.environ['DIGITS_ROOT'] = f'{root.as_posix()}/'
-    return compare(Comparison(teacher=f'{pair}_teacher.py', student=f'{pair}_student.py', title=title, **settings))
+    configs = dict(teacher=f'{CONFIGS / teacher}.py', student=f'{CONFIGS / student}.py')
+    return compare(Comparison(**configs, title=title, **settings))

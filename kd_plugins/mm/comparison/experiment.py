@@ -24,14 +24,15 @@ from kd_plugins.comparison.history import History
 from kd_plugins.comparison.phases import Phase
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.cli import find_recipe
+from kd_plugins.mm.comparison.classifications import read_classifications
 from kd_plugins.mm.comparison.detections import read_detections
 from kd_plugins.mm.comparison.logs import RunnerProgress, read_history, read_test_metrics
 from kd_plugins.mm.comparison.segmentations import read_segmentations
-from kd_plugins.mm.comparison.tasks import SEGMENTATION, find_evaluator
+from kd_plugins.mm.comparison.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.mm.configs import load_config, without_pretrained
 
 TOOLS = Path(__file__).parents[3] / 'tools'
-DETECTIONS, LABEL_MAPS = 'detections.pkl', 'label_maps'
+DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
     '{names} and gain in points ({measured}), measured by tools/test.py on the last checkpoint. s/iter: median '
     'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
@@ -84,16 +85,17 @@ class Comparison(Experiment):
             raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
         self.prepare()
         self._sizes: dict[str, int] = {}
+        self._data: dict[str, dict[str, str]] = {}
         # Its notes on environment variables in configs would stand between the lines of progress.
         MMLogger.get_current_instance().setLevel('WARNING')
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
         self.student_config = read_config(self.student, self.student_options, '--student')
         self.task = find_evaluator(self.student_config, '--student').task
         taught = find_evaluator(self.teacher_config, '--teacher').task
-        if taught is not self.task:
+        if taught != self.task:
             raise DistillError(
-                f'--teacher is measured by {taught.metrics.main}, --student by {self.task.metrics.main}: give both the '
-                'same kind of test_evaluator.'
+                f'--teacher is measured by {" and ".join(taught.metrics.names)}, --student by '
+                f'{" and ".join(self.task.metrics.names)}: give both the same test_evaluator.'
             )
         self.metrics = self.task.metrics
         self.unit = 'epoch' if _max_epochs(self.student_config) else 'iteration'
@@ -140,7 +142,7 @@ class Comparison(Experiment):
             title=f'train {title}',
             folder=folder,
             command=command,
-            settings=dict(config=config.pretty_text, seed=seed, data=data_hashes(config)),
+            settings=dict(config=config.pretty_text, seed=seed, data=self._data_hashes(config)),
             progress=self._progress(),
             resume=['--resume'],
             max_epochs=_max_epochs(config),
@@ -154,20 +156,31 @@ class Comparison(Experiment):
         options = self.teacher_options if teacher else self.student_options
         folder = folder / 'test'
         command = [*_tool('test'), spec, str(checkpoint), '--work-dir', str(folder)]
-        if self.task is SEGMENTATION:
+        if self.task == SEGMENTATION:
             # Not --out: it dumps the logits too, some GB for a few hundred photographs.
             options = [*options, f'{find_evaluator(config, title).key}.output_dir={folder / LABEL_MAPS}']
         else:
-            command += ['--out', str(folder / DETECTIONS)]
+            command += ['--out', str(folder / self._predictions)]
         return Phase(
             title=f'evaluate {title}',
             folder=folder,
             command=[*command, *_options(options)],
-            settings=dict(config=config.pretty_text, weights=self.hash_of(checkpoint), data=data_hashes(config)),
+            settings=dict(config=config.pretty_text, weights=self.hash_of(checkpoint), data=self._data_hashes(config)),
             progress=self._progress(),
             mode='test',
             threads=self.threads,
         )
+
+    @property
+    def _predictions(self) -> str:
+        return DETECTIONS if self.task == DETECTION else CLASSES
+
+    def _data_hashes(self, config: Config) -> dict[str, str]:
+        # Read once: a data set of a million files takes a while.
+        key = config.pretty_text
+        if key not in self._data:
+            self._data[key] = data_hashes(config)
+        return self._data[key]
 
     def _progress(self) -> RunnerProgress:
         return RunnerProgress(self.metrics.main, self.task.logged[0], self.task.whole)
@@ -205,12 +218,17 @@ class Comparison(Experiment):
         return self._sizes[arm]
 
     def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
-        if self.task is SEGMENTATION:
+        if self.task == SEGMENTATION:
             folders = {name: test.folder / LABEL_MAPS for name, test in tests.items()}
             options = find_evaluator(self.student_config, '--student').options
             return read_segmentations(folders, self.student_config, options.get('ignore_index', 255), self.scenes)
-        files = {name: test.folder / DETECTIONS for name, test in tests.items()}
-        return read_detections(files, _dataset(self.student_config.test_dataloader), self.scenes)
+        files = {name: test.folder / self._predictions for name, test in tests.items()}
+        if self.task == DETECTION:
+            return read_detections(files, _dataset(self.student_config.test_dataloader), self.scenes)
+        if self.task == MULTI_LABEL:
+            return None  # a guess at one class would not do
+        # A line of small pictures takes the place of one scene.
+        return read_classifications(files, self.student_config, 4 * self.scenes)
 
     def metric(self, histories: Iterable[History]) -> str:
         suffix = self.task.logged[0]
@@ -291,26 +309,53 @@ def _dataset(loader: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def data_hashes(config: Config) -> dict[str, str]:
-    """Hashes of the annotations, so that another data set at the same place is noticed.
+    """Hashes of the data, so that another data set at the same place is noticed.
 
-    Of annotation files the content; of folders of images and label maps the names and sizes, as there may be
-    thousands of files.
+    Of annotation files and arrays the content; of folders of images and label maps the names and sizes, as there may
+    be thousands of files.
     """
     hashes = {}
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = _dataset(config[name]) if config.get(name) else {}
-        root = Path(dataset.get('data_root') or '')
+        root = Path(dataset.get('data_root') or dataset.get('root') or '').expanduser()
         path = root / (dataset.get('ann_file') or '')
         if path.is_file():
-            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            hashes[name] = _hash_file(path)
         prefixes = dataset.get('data_prefix') or {}
         if prefixes.get('seg_map_path'):
-            digest = hashlib.sha256()
-            for folder in (root / prefixes[k] for k in ('img_path', 'seg_map_path') if prefixes.get(k)):
-                for file in sorted(p for p in folder.rglob('*') if p.is_file()):
-                    digest.update(f'{file.relative_to(folder).as_posix()} {file.stat().st_size};'.encode())
-            hashes[f'{name}.label_maps'] = digest.hexdigest()
+            folders = [root / prefixes[k] for k in ('img_path', 'seg_map_path') if prefixes.get(k)]
+            hashes[f'{name}.label_maps'] = _hash_folders(folders)
+        # Where the classes of images are the names of their folders.
+        if dataset.get('root') and not dataset.get('ann_file'):
+            hashes[f'{name}.images'] = _hash_folders([root / (dataset.get('split') or '')])
+        for key in ('images', 'labels'):
+            array = _array_file(dataset.get(key))
+            if array is not None:
+                hashes[f'{name}.{key}'] = _hash_file(array)
     return hashes
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:  # piece by piece: an array may be larger than the memory
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _hash_folders(folders: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(p for p in folder.rglob('*') if p.is_file()):
+            digest.update(f'{file.relative_to(folder).as_posix()} {file.stat().st_size};'.encode())
+    return digest.hexdigest()
+
+
+def _array_file(value: Any) -> Path | None:
+    """The file of an array, which may be one of several in it: ``'file.npz:x_train'``."""
+    text = str(value)
+    path = Path(text.rpartition(':')[0] if '.npz:' in text else text).expanduser()
+    return path if path.is_file() else None
 
 
 def _max_epochs(config: Config) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,34 @@ SEGMENTATION = Task(
     silence=math.nan,
     measured="means over the classes of mmseg's IoU and accuracy, in %",
 )
+MULTI_LABEL = Task(
+    evaluator='MultiLabelAP',
+    metrics=Metrics(('mAP', 'CF1', 'OF1'), ('map', 'cf1', 'of1')),
+    logged=('mAP', 'CF1', 'OF1'),
+    whole=100.0,
+    silence=math.nan,
+    measured='mean average precision over the classes and F1 scores, in %',
+)
+
+
+def classification(topk: Sequence[int] = (1, 5)) -> Task:
+    """What classifiers are compared by.
+
+    Args:
+        topk: As the evaluator has it: a table has no column for what is not measured.
+    """
+    ks = sorted({topk} if isinstance(topk, int) else set(topk))
+    return Task(
+        evaluator='Accuracy',
+        metrics=Metrics(tuple(f'top-{k}' for k in ks), tuple(f'top{k}' for k in ks)),
+        logged=tuple(f'top{k}' for k in ks),
+        whole=100.0,
+        silence=math.nan,
+        measured='share of images whose class is among the first k guesses, in %',
+    )
+
+
+CLASSIFICATION = classification()
 
 
 @dataclass(frozen=True)
@@ -98,7 +126,12 @@ def find_evaluator(config: Config, where: str) -> Evaluator:
         if kind == SEGMENTATION.evaluator and not metric.get('format_only'):
             if 'mIoU' in metric.get('iou_metrics', ('mIoU',)):
                 return Evaluator(SEGMENTATION, key, metric)
+        if kind == CLASSIFICATION.evaluator:
+            return Evaluator(classification(metric.get('topk', (1, 5))), key, metric)
+        if kind == MULTI_LABEL.evaluator:
+            return Evaluator(MULTI_LABEL, key, metric)
     raise DistillError(
-        f'{where}: box mAP or mIoU is what is compared, but the config has neither test_evaluator=dict('
-        "type='CocoMetric', metric='bbox', ...) nor test_evaluator=dict(type='IoUMetric', iou_metrics=['mIoU'], ...)."
+        f'{where}: box mAP, mIoU, or the accuracy of a classifier is what is compared, but the config has none of '
+        "test_evaluator=dict(type='CocoMetric', metric='bbox', ...), dict(type='IoUMetric', iou_metrics=['mIoU'], "
+        "...), dict(type='kd_plugins.Accuracy') and dict(type='kd_plugins.MultiLabelAP')."
     )

@@ -1,0 +1,52 @@
+"""Small classifiers on crops of real handwritten digits (tools/prepare_digits.py): 32 x 32 pixels, ten classes.
+
+Children give the model. ``DIGITS_ROOT`` in the environment names another folder of scenes.
+"""
+
+default_scope = 'mmengine'
+custom_imports = dict(imports=['kd_plugins.mm'], allow_failed_imports=False)
+data_root = '{{$DIGITS_ROOT:data/digits/}}cls'
+
+train_dataloader = dict(
+    batch_size=64,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='kd_plugins.ImageFolder',
+        root=data_root,
+        split='train',
+        transform=[dict(type='RandomCrop', size=32, padding=4)],
+    ),
+)
+val_dataloader = dict(
+    batch_size=250,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='kd_plugins.ImageFolder', root=data_root, split='val'),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type='kd_plugins.Accuracy', topk=(1,))
+test_evaluator = val_evaluator
+
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(bias_decay_mult=0.0, norm_decay_mult=0.0, flat_decay_mult=0.0),
+    clip_grad=dict(max_norm=5.0),
+)
+# Without T_max and end the cosine ends with the run, so that max_epochs is all there is to change.
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=0),
+]
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=25),
+    # Beside the checkpoint to resume from, the weights alone: timm.create_model(..., checkpoint_path=<this file>).
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, published_keys=['state_dict']),
+)

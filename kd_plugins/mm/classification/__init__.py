@@ -1,0 +1,1 @@
+"""Classification in MMEngine's Runner: classifiers, data sets, metrics."""
