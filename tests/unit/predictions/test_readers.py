@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import DensePredictions, PixelPredictions, find_reader, read, readers, register_reader
+from kd_plugins.predictions import DensePredictions, find_reader, read, readers, register_reader
 
 
 class Base(nn.Module):
@@ -63,7 +63,7 @@ def read_toy(head, outputs, *, training):
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(readers, '_readers', {DensePredictions: {}, PixelPredictions: {}})
+    monkeypatch.setattr(readers, '_readers', {form: {} for form in readers._KINDS})
 
 
 @pytest.mark.parametrize('target', [ToyHead, 'ToyHead', f'{__name__}.ToyHead'])
