@@ -1,4 +1,4 @@
-"""A CNN that teaches: a narrow ResNet-18 with a stem of 3 x 3 convolutions, at a quarter to a sixteenth of the image."""
+"""A CNN that teaches: a narrow ResNet-18 with a stem of 3 x 3 convolutions, 2.8 M parameters; 20 epochs."""
 
 _base_ = '../_base_/cifar10_cls.py'
 model = dict(
@@ -10,3 +10,4 @@ model = dict(
     channels=(32, 64, 128, 256),
     output_stride=16,
 )
+train_cfg = dict(max_epochs=20)

@@ -6,6 +6,8 @@ model = dict(
     model='resnet18',
     num_classes=10,
     input_size=32,
-    channels=(48, 96, 192, 384),
-    output_stride=8,
+    channels=(24, 48, 96, 192),
+    output_stride=16,
 )
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+train_cfg = dict(max_epochs=8)

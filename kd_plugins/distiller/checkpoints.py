@@ -40,6 +40,10 @@ _SAFE = {
 }
 
 
+#: Files that are suggested where one is missing.
+SUFFIXES = ('.pth', '.pt', '.safetensors')
+
+
 class _Placeholder(dict):
     """Stands for an object of a class that the loader does not know; holds its state, runs none of its code."""
 
@@ -77,7 +81,7 @@ def _pickle_module() -> types.ModuleType:
 
 
 def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, Any]:
-    """Read a checkpoint file on the CPU.
+    """Read a checkpoint file on the CPU: one of torch, or ``.safetensors`` as model hubs have them.
 
     Args:
         path: A local file, or an ``http(s)`` address, which is downloaded once into torch's hub folder.
@@ -96,18 +100,20 @@ def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, A
         path = _download(path, where)
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        files = [f for f in os.listdir(path) if f.endswith(('.pth', '.pt'))]
+        files = [f for f in os.listdir(path) if f.endswith(SUFFIXES)]
         raise DistillError(
             f'{where} {path!r} is a folder, not a file; it holds {", ".join(sorted(files)[:5]) or "none"}.'
         )
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
         if os.path.isdir(folder):
-            files = [f for f in os.listdir(folder) if f.endswith(('.pth', '.pt'))]
+            files = [f for f in os.listdir(folder) if f.endswith(SUFFIXES)]
             hint = f'in {folder!r}: {nearest(os.path.basename(path), files)}'
         else:
             hint = f'the folder {folder!r} does not exist either.'
         raise DistillError(f'{where} {path!r} does not exist; {hint}')
+    if path.endswith('.safetensors'):
+        return _load_safetensors(path, where)
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception:
@@ -120,6 +126,20 @@ def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, A
         raise DistillError(
             f'{where} {path!r} ({size:,} bytes) is not a readable checkpoint, it may be truncated or another kind of '
             f'file: {type(error).__name__}: {str(error).split(". ")[0].rstrip(".") or "no details"}.'
+        ) from error
+
+
+def _load_safetensors(path: str, where: str) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise DistillError(f"{where} {path!r} needs 'safetensors', which is not installed: pip install it.") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DistillError(
+            f'{where} {path!r} ({os.path.getsize(path):,} bytes) is not a readable safetensors file: {error}.'
         ) from error
 
 
@@ -165,8 +185,18 @@ def find_weights(checkpoint: Any, source: str) -> tuple[dict[str, Tensor], Mappi
     weights = (
         OrderedDict((k, v) for k, v in state.items() if isinstance(v, Tensor)) if isinstance(state, Mapping) else {}
     )
+    if not weights and isinstance(checkpoint, Mapping) and {'model', 'date', 'version'} <= set(checkpoint):
+        raise DistillError(
+            f'Checkpoint {source!r} is a model of Ultralytics, whose weights belong to its own networks; as a teacher '
+            "write dict(ultralytics='<name>.pt') for it."
+        )
+    if not weights and (isinstance(checkpoint, _Placeholder) or not isinstance(checkpoint, Mapping)):
+        raise DistillError(
+            f'Checkpoint {source!r} holds no weights but a pickled object, which is not loaded because it could run '
+            'any code; save weights alone: torch.save(model.state_dict(), path).'
+        )
     if not weights:
-        held = ', '.join(repr(k) for k in list(checkpoint)[:8]) if isinstance(checkpoint, Mapping) else type(checkpoint)
+        held = ', '.join(repr(k) for k in list(checkpoint)[:8])
         raise DistillError(f'Checkpoint {source!r} holds no weights; expected a "state_dict" entry, found {held}.')
     if all(k.startswith('module.') for k in weights):
         weights = OrderedDict((k[len('module.') :], v) for k, v in weights.items())

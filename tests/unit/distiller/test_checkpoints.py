@@ -107,3 +107,18 @@ def test_no_weights(tmp_path, content):
     path = save(tmp_path, content)
     with pytest.raises(DistillError, match='holds no weights'):
         find_weights(load_checkpoint(path), path)
+
+
+def test_safetensors(tmp_path):
+    """What timm's hub serves."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    path = tmp_path / 'model.safetensors'
+    weights = {'fc.weight': torch.randn(2, 3), 'fc.bias': torch.zeros(2)}
+    safetensors.save_file(weights, path)
+    found, _ = find_weights(load_checkpoint(str(path)), str(path))
+    assert set(found) == set(weights) and all(torch.equal(found[k], v) for k, v in weights.items())
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DistillError, match=r'model\.safetensors.*is not a readable safetensors file'):
+        load_checkpoint(str(path))
+    with pytest.raises(DistillError, match=r"does not exist; in '.*': .*'model\.safetensors'"):
+        load_checkpoint(str(tmp_path / 'modle.safetensors'))

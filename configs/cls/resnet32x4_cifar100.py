@@ -1,0 +1,3 @@
+# The teacher of both resnet8x4 recipes on CIFAR-100. The DKD paper (arXiv 2203.08679) has this pair; not run here.
+_base_ = '../_base_/cifar100_cls.py'
+model = dict(model=dict(depth=32))
