@@ -7,7 +7,7 @@ from importlib import import_module
 from kd_plugins.errors import DistillError
 
 ZOOS = {'mm': 'kd_plugins.mm.comparison', 'yolo': 'kd_plugins.yolo.comparison'}
-#: Options whose names are the framework's: configs of mmdet and mmseg, Ultralytics' models and data.
+#: Options whose names are the framework's: configs of MMEngine's Runner, Ultralytics' models and data.
 OWN = {
     'mm': (
         ('--teacher-checkpoint', dict(metavar='PTH', help='weights of the teacher; left out: it is trained')),
@@ -22,7 +22,9 @@ OWN = {
 }
 HELP = {
     'mm': dict(
-        teacher='config of the teacher', student='config of the plain student', kd='one distilled student for each'
+        teacher='config of the teacher: a detector, a segmentor or a classifier',
+        student='config of the plain student, of the same kind',
+        kd='names in configs/kd or files: one distilled student for each',
     ),
     'yolo': dict(
         teacher='.pt; or .yaml, which is trained first',
@@ -42,7 +44,9 @@ if __name__ == '__main__':
     first.add_argument('--zoo', choices=ZOOS, default='mm')
     zoo = first.parse_known_args()[0].zoo
     parser = argparse.ArgumentParser(description=__doc__, epilog='Other options: --zoo mm --help, --zoo yolo --help')
-    parser.add_argument('--zoo', choices=ZOOS, default='mm', help='framework (default: mm)')
+    parser.add_argument(
+        '--zoo', choices=ZOOS, default='mm', help="framework: mm is mmdet, mmseg and timm's classifiers (default: mm)"
+    )
     parser.add_argument('--teacher', required=True, help=HELP[zoo]['teacher'])
     parser.add_argument('--student', required=True, help=HELP[zoo]['student'])
     parser.add_argument('--kd', nargs='+', required=True, metavar='RECIPE', help=HELP[zoo]['kd'])

@@ -13,6 +13,8 @@ from kd_plugins.errors import DistillError
 ZOOS = {
     'mm': ('MMDetection: YOLOX', 'mm', 'demo', '.'),
     'seg': ('MMSegmentation: Semantic FPN', 'mm', 'demo_segmentation', 'seg'),
+    'cls': ('timm: DeiT, taught by a ResNet', 'mm', 'demo_classification', 'cls'),
+    'cls-vit': ('timm: ResNet, taught by a vision transformer', 'mm', 'demo_across_architectures', 'cls_vit'),
     'yolo': ('Ultralytics: YOLO11', 'yolo', 'demo', 'yolo'),
 }
 

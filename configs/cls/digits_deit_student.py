@@ -10,7 +10,7 @@ model = dict(
     embed_dim=64,
     depth=3,
     num_heads=2,
-    # timm's own default, a standard deviation of 0.02, suits wide models only: narrow ones stay at chance for long.
+    # timm's own default, a standard deviation of 0.02, suits wide models only: narrow ones stay at chance for longer.
     weight_init='jax',
 )
 # Higher rates learn more slowly here.

@@ -7,6 +7,8 @@ model = dict(
     num_classes=10,
     input_size=32,
     layers=(1, 1, 1, 1),
-    channels=(8, 16, 32, 64),
-    output_stride=8,
+    channels=(4, 8, 16, 32),
+    output_stride=16,
 )
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+train_cfg = dict(max_epochs=8)

@@ -45,9 +45,9 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DistillError: The file is missing or of another kind, or a key is misspelt.
     """
-    found = find_options(cfg, KEYS)
     if cfg.get('checkpoint'):
         raise DistillError('teacher.checkpoint: an exported file has its weights in it; remove the option.')
+    found = find_options(cfg, KEYS)
     if not isinstance(cfg.get('trusted', False), bool):
         raise DistillError(f'teacher.trusted must be True or False, got {cfg["trusted"]!r}.')
     found['exported'] = find_file(cfg['exported'], 'teacher.exported')

@@ -65,7 +65,7 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         # A copy: the teacher is frozen for good, and a network that was handed over may be used elsewhere.
         net = copy.deepcopy(made) if isinstance(made, nn.Module) else _call(made, cfg)
         if cfg.get('checkpoint'):
-            stored = load_weights(net, cfg, 'module')
+            stored = load_weights(lambda _: net, cfg, 'module')[2]
     size = image_size(cfg.get('input_size'), 'teacher.input_size')
     data = data_config(net)
     classifier = ClassifierNetwork(net, wanted_classes(cfg), activation(cfg))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from kd_plugins.classifiers.network import ClassifierNetwork, check_name, create_network, data_config
 from kd_plugins.classifiers.teacher import (
     activation,
@@ -53,21 +55,23 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         DistillError: The checkpoint does not fit.
     """
     name, pretrained = cfg['timm'], cfg.get('pretrained', False)
-    stored = None
-    with untouched_rng():
-        net = create_network(
+
+    def create(number: int | None) -> nn.Module:
+        return create_network(
             name,
-            num_classes=wanted_classes(cfg),
+            num_classes=number,
             in_chans=channels_of(cfg),
             input_size=cfg.get('input_size'),
             pretrained=pretrained,
             where='teacher.timm',
             **(cfg.get('options') or {}),
         )
-        source = f'{name}, pretrained'
-        if not pretrained:
-            source = cfg['checkpoint']
-            stored = load_weights(net, cfg, 'timm')
+
+    with untouched_rng():
+        if pretrained:
+            net, stored = create(wanted_classes(cfg)), None
+        else:
+            net, _, stored = load_weights(create, cfg, 'timm')
     known = (getattr(net, 'pretrained_cfg', None) or {}).get('num_classes')
     if pretrained and known is not None and known != net.num_classes:
         raise DistillError(
@@ -81,7 +85,7 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         student,
         kind='timm',
         name=f'timm {name}',
-        source=source,
+        source=f'{name}, pretrained' if pretrained else cfg['checkpoint'],
         data=data,
         size=data.input_size,
         stored=stored,

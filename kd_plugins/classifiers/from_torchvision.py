@@ -14,7 +14,6 @@ from kd_plugins.classifiers.teacher import (
     channels_of,
     find_options,
     load_weights,
-    wanted_classes,
 )
 from kd_plugins.distiller import PixelFormat, Teacher, untouched_rng
 from kd_plugins.errors import DistillError, nearest
@@ -57,12 +56,16 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         DistillError: The model refuses an option, or the checkpoint does not fit.
     """
     name, size = cfg['torchvision'], image_size(cfg.get('input_size'), 'teacher.input_size')
+    fixed = _fixed_size(name, size)
+
+    def create(number: int | None) -> nn.Module:
+        return _create(name, fixed, number, dict(cfg.get('options') or {}))
+
     with untouched_rng():
-        net, fixed = _create(name, size, wanted_classes(cfg), dict(cfg.get('options') or {}))
-        stored = load_weights(net, cfg, 'torchvision')
+        net, number, stored = load_weights(create, cfg, 'torchvision')
     teacher = as_teacher(
         # A model that is not told otherwise has ImageNet's classes.
-        ClassifierNetwork(net, wanted_classes(cfg) or 1000, activation(cfg)),
+        ClassifierNetwork(net, number or 1000, activation(cfg)),
         cfg,
         student,
         kind='torchvision',
@@ -75,25 +78,26 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
     return teacher, []
 
 
-def _create(
-    name: str, size: tuple[int, int] | None, num_classes: int | None, options: dict[str, Any]
-) -> tuple[nn.Module, tuple[int, int] | None]:
-    """The model and, of one that is built for a single resolution, that."""
+def _fixed_size(name: str, size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The resolution that a model is built for; None: it takes any."""
+    if not name.startswith(('vit_', 'maxvit')):
+        return None
+    fixed = size or (224, 224)
+    if name.startswith('vit_') and fixed[0] != fixed[1]:
+        raise DistillError(f'teacher.input_size of {name!r} must be a square, got {fixed}.')
+    return fixed
+
+
+def _create(name: str, fixed: tuple[int, int] | None, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     import torchvision
 
-    fixed = None
-    if name.startswith(('vit_', 'maxvit')):
-        fixed = size or (224, 224)
-        if name.startswith('vit_'):
-            if fixed[0] != fixed[1]:
-                raise DistillError(f'teacher.input_size of {name!r} must be a square, got {fixed}.')
-            options.setdefault('image_size', fixed[0])
-        else:
-            options.setdefault('input_size', fixed)
+    if fixed is not None:
+        key, value = ('image_size', fixed[0]) if name.startswith('vit_') else ('input_size', fixed)
+        options.setdefault(key, value)
     if num_classes is not None:
         options['num_classes'] = num_classes
     try:
-        return torchvision.models.get_model(name, weights=None, **options), fixed
+        return torchvision.models.get_model(name, weights=None, **options)
     except Exception as error:
         given = ', '.join(f'{k}={v!r}' for k, v in options.items()) or 'no options'
         lines = str(error).strip().splitlines() or ['no details']

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,7 @@ def create_network(
     input_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
     where: str = 'model',
+    beside: Iterable[str] = (),
     **options: Any,
 ) -> nn.Module:
     """A classifier of timm, by name.
@@ -162,6 +163,7 @@ def create_network(
             holds it in both cases.
         pretrained: Load timm's own weights, from the internet.
         where: What names the model in the config, for error messages.
+        beside: Options that the config takes besides, to be suggested for misspelt ones.
         **options: What the network's constructor takes besides, e.g. ``drop_path_rate``.
 
     Returns:
@@ -196,7 +198,7 @@ def create_network(
                     raise
                 net = create()
     except Exception as error:
-        raise _refused(name, options, pretrained, error, where) from error
+        raise _refused(name, options, pretrained, error, where, beside) from error
     if size is not None:
         _check_patches(net, name, size, where)
     cfg = getattr(net, 'pretrained_cfg', None) or {}
@@ -246,10 +248,12 @@ def _check_patches(net: nn.Module, name: str, size: tuple[int, int], where: str)
         )
 
 
-def _refused(name: str, options: Mapping[str, Any], pretrained: bool, error: Exception, where: str) -> DistillError:
+def _refused(
+    name: str, options: Mapping[str, Any], pretrained: bool, error: Exception, where: str, beside: Iterable[str]
+) -> DistillError:
     unexpected = _UNEXPECTED.search(str(error)) if isinstance(error, TypeError) else None
     if unexpected and unexpected[3] in options:
-        choices = _option_names(name, unexpected[1] or unexpected[2])
+        choices = _option_names(name, unexpected[1] or unexpected[2]).union(beside) - {'options', 'model'}
         return DistillError(f'{where}: {name!r} has no option {unexpected[3]!r}: {nearest(unexpected[3], choices)}')
     lines = str(error).strip().splitlines() or ['no details']
     reason = f'{type(error).__name__}: {lines[0][:200].rstrip(".:")}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def find_options(cfg: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """Check the options that all classifiers share; files get absolute paths.
 
     - ``checkpoint``: its weights, which are loaded completely or refused;
-    - ``num_classes``: how many classes it predicts;
+    - ``num_classes``: how many classes it predicts. Default: as many as the checkpoint's classifier has;
     - ``classes``: their names, in order;
     - ``input_size``: pixels or ``(height, width)`` that it is given, whatever the student sees;
     - ``mean``, ``std``: per channel, of RGB pixels in [0, 1];
@@ -83,7 +83,8 @@ def find_file(path: Any, where: str) -> str:
         return text
     if not os.path.isfile(text):
         folder = os.path.dirname(text) or '.'
-        files = os.listdir(folder) if os.path.isdir(folder) else []
+        ending = os.path.splitext(text)[1]
+        files = [f for f in os.listdir(folder) if f.endswith(ending)] if os.path.isdir(folder) else []
         hint = f'; in {folder!r}: {nearest(os.path.basename(text), files)}' if files else '.'
         raise DistillError(f'{where} {os.fspath(path)!r} does not exist{hint}')
     return os.path.abspath(text)
@@ -106,27 +107,43 @@ def activation(cfg: Mapping[str, Any]) -> str:
     return 'sigmoid' if cfg.get('multi_label') else 'softmax'
 
 
-def load_weights(net: nn.Module, cfg: Mapping[str, Any], kind: str) -> tuple[str, ...] | None:
-    """Load ``checkpoint`` completely.
+def load_weights(
+    create: Callable[[int | None], nn.Module], cfg: Mapping[str, Any], kind: str
+) -> tuple[nn.Module, int | None, tuple[str, ...] | None]:
+    """Create a network and load ``checkpoint`` completely.
 
     Args:
-        net: The teacher's network, with the names of the file.
+        create: Makes the network for a number of classes; None: for as many as it has of itself. Where the options name
+            no number, it is the file's.
         cfg: The checked options.
         kind: Key of the ``teacher`` mapping, for the message.
 
     Returns:
-        The class names that the file knows (MMEngine's do), or None.
+        The network, the number that it was made for, and the class names that the file knows (MMEngine's do) or None.
 
     Raises:
         DistillError: Weights are missing, unexpected or of another shape.
     """
     source = cfg['checkpoint']
     weights, meta = find_weights(load_checkpoint(source), source)
+    number = wanted_classes(cfg)
+    net = create(number)
+    if number is None and (number := _stored_classes(net, weights)) is not None:
+        net = create(number)
     load_strictly(net, weights, source, architecture=f'teacher.{kind}')
     data = meta.get('dataset_meta')
     names = data.get('classes') if isinstance(data, Mapping) else None
     usable = isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
-    return tuple(names) if usable else None
+    return net, number, tuple(names) if usable else None
+
+
+def _stored_classes(net: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
+    """How many classes a file's classifier has, when that is all in which the file differs from a network."""
+    pairs = [(value.shape, weights[key].shape) for key, value in net.state_dict().items() if key in weights]
+    other = [(own, stored) for own, stored in pairs if own != stored]
+    same = all(own and stored and own[1:] == stored[1:] for own, stored in other)
+    numbers = {(own[:1], stored[:1]) for own, stored in other}
+    return other[0][1][0] if same and len(numbers) == 1 else None
 
 
 def count_classes(net: ClassifierNetwork, size: tuple[int, int], channels: int, where: str) -> int:
@@ -230,4 +247,5 @@ def _check_count(classes: Sequence[str], number: int | None) -> None:
 def _numbers(value: Any, count: int, above_zero: bool) -> bool:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
         return False
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and (v > 0 or not above_zero) for v in value)
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    return numbers and all((v > 0 or not above_zero) and v <= 1 for v in value)

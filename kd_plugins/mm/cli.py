@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 
 import kd_plugins
+from kd_plugins import registry as ours
 from kd_plugins.distiller import build_terms, untouched_rng
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
@@ -102,7 +104,8 @@ def train(argv: Sequence[str] | None = None) -> None:
         del given['--teacher-checkpoint']
         if args.teacher_checkpoint:
             raise DistillError(
-                f'--teacher-checkpoint belongs to the config of a teacher; {args.teacher!r} holds its weights.'
+                f'--teacher-checkpoint belongs to the config of a teacher; {args.teacher!r} (a .pt of Ultralytics or '
+                'an exported classifier) holds its weights.'
             )
     missing = [option for option, value in given.items() if not value]
     if not missing:
@@ -159,6 +162,34 @@ def _check_types(config: Config) -> None:
         with registry.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as scope:
             if scope.get(name) is None:
                 raise DistillError(f'{where} has no type {name!r}; did you mean {right!r}?')
+    _check_own(config.to_dict(), '')
+
+
+def _check_own(value: Any, where: str) -> None:
+    """Refuse misspelt names and options of ours, for which MMEngine has but a traceback."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_own(item, where)
+    if not isinstance(value, Mapping):
+        return
+    for key, item in value.items():
+        # Terms find losses and adapters in another way, and say so themselves.
+        if key != 'terms':
+            _check_own(item, f'{where}.{key}' if where else str(key))
+    name = value.get('type')
+    if not isinstance(name, str) or not name.startswith('kd_plugins.'):
+        return
+    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
+    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
+    if name not in known:
+        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
+    taken = inspect.signature(known[name]).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        check_keys((k for k in value if k not in ('type', '_scope_')), taken, f'{where} ({name})')
+    for key, parameter in taken.items():
+        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if required and key not in value:
+            raise DistillError(f'{where} ({name}) needs {key!r}.')
 
 
 def _use_amp(config: Config) -> None:
@@ -230,6 +261,11 @@ def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
     zoo, separator, name = teacher.partition('::')
     if separator and zoo in ('timm', 'torchvision'):
         return {zoo: name, 'checkpoint': checkpoint}
+    if not separator and '/' not in teacher and not teacher.endswith('.py') and not os.path.exists(teacher):
+        raise DistillError(
+            f"--teacher {teacher!r} is no file; give a config ('x.py', 'mmdet::path'), or name a classifier as "
+            f'timm::{teacher} or torchvision::{teacher}.'
+        )
     return dict(config=teacher, checkpoint=checkpoint)
 
 

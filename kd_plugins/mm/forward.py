@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -118,7 +119,7 @@ def _settle_classifier(model: nn.Module, tap: Tap, side: str) -> Tap:
             f'has one, e.g. {EXAMPLES}.'
         )
     if tap.module != 'stages':
-        return tap
+        return _check_classifier_tap(model, tap, side, name)
     paths = stages(model.net)
     if tap.index is None or not -len(paths) <= tap.index < len(paths):
         raise DistillError(
@@ -126,3 +127,34 @@ def _settle_classifier(model: nn.Module, tap: Tap, side: str) -> Tap:
             f'stages[-{len(paths)}].'
         )
     return Tap.parse(f'net.{paths[tap.index]}', side)
+
+
+def _check_classifier_tap(model: nn.Module, tap: Tap, side: str, name: str) -> Tap:
+    root, _, rest = tap.module.partition('.')
+    where = f'{side} {str(tap)!r}'
+    if root in ('logits', 'dist_logits'):
+        if tap != Tap(root):
+            raise DistillError(f'{where}: logits are tapped as a whole; write {root!r}.')
+        return tap
+    if root != 'net':
+        layers = [layer for layer, _ in model.net.named_modules() if layer]
+        # What is called a backbone elsewhere has the layers in it.
+        close = [c for path in (tap.module, rest) for c in get_close_matches(path, layers, 1, 0.8)]
+        hint = f'; did you mean {f"net.{close[0]}"!r}?' if close else '.'
+        raise DistillError(
+            f"{where}: the taps of a classifier are 'logits', 'stages[-1]' (the last one of {name}), 'stages[-2]', ... "
+            f"and its layers, 'net.<name>'{hint}"
+        )
+    module = find_module(model, tap.module, side)
+    heads = model.net.get_classifier() if hasattr(model.net, 'get_classifier') else ()
+    for number, head in enumerate(heads if isinstance(heads, (tuple, list)) else (heads,)):
+        if module is head:
+            # As layers, their classes would not be matched by name, nor the token's head recognised.
+            right = 'dist_logits' if number and side == 'student' else 'logits'
+            raise DistillError(f'{where} is what makes the logits; write {right!r}.')
+    if type(module) is nn.Sequential and tap.index is not None:
+        raise DistillError(
+            f'{where}: {tap.module} runs its {len(module)} layers one after the other; write '
+            f"'{tap.module}.{tap.index % len(module)}' for the output of one of them."
+        )
+    return tap

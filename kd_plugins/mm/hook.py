@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Distiller, Position, map_tensors, summary
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.distilled import BANK, HOOK_LINES, DistillMixin
 from kd_plugins.mm.setup import build_distiller, check_options, dry_run, schedule_text, unit_of
-from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher, num_classes
+from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher, is_classifier, num_classes
 from kd_plugins.predictions import match_classes
 from kd_plugins.registry import HOOKS
 
@@ -89,7 +90,7 @@ class DistillHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         options = self._resolve_options(model)
         check_options(options)
-        self._refuse_self_teaching(runner, options)
+        self._refuse_self_teaching(runner, model, options)
         self._refuse_unread(runner, options, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         teacher, notes = build_teacher(options['teacher'], model)
         held = getattr(model, BANK, None)
@@ -97,6 +98,7 @@ class DistillHook(Hook):
         # First: that a head predicts no classes explains why their numbers differ.
         self.distiller.check_heads()
         names = _dataset_classes(runner)
+        _refuse_data_set(runner, model, names)
         if self.distiller.by_class:
             self.distiller.classes = match_classes(
                 names,
@@ -250,14 +252,33 @@ class DistillHook(Hook):
                 )
 
     @staticmethod
-    def _refuse_self_teaching(runner: Any, options: Mapping[str, Any]) -> None:
+    def _refuse_self_teaching(runner: Any, model: nn.Module, options: Mapping[str, Any]) -> None:
         teacher = options['teacher'].get('checkpoint') if isinstance(options['teacher'], Mapping) else None
-        start = getattr(runner, '_load_from', None)
-        if teacher and start and os.path.realpath(str(teacher)) == os.path.realpath(str(start)):
-            raise DistillError(
-                f"The student starts from the teacher's own checkpoint {str(teacher)!r} (load_from): they would be "
-                'equal and nothing would be learned; give another load_from or another teacher.checkpoint.'
-            )
+        starts = {'load_from': getattr(runner, '_load_from', None)}
+        if is_classifier(model):
+            starts['model.checkpoint'] = getattr(model, 'checkpoint', None)
+        for key, start in starts.items():
+            if teacher and start and os.path.realpath(str(teacher)) == os.path.realpath(str(start)):
+                raise DistillError(
+                    f"The student starts from the teacher's own checkpoint {str(teacher)!r} ({key}): they would be "
+                    f'equal and nothing would be learned; give another {key} or another teacher.checkpoint.'
+                )
+
+
+def _refuse_data_set(runner: Any, model: nn.Module, names: Sequence[str] | None) -> None:
+    """What the data set shows before its first image."""
+    number = num_classes(model)
+    if is_classifier(model) and None not in (names, number) and len(names) != number:
+        raise DistillError(
+            f'The data set has {len(names)} classes but the model num_classes={number}; write '
+            f'num_classes={len(names)} in the model.'
+        )
+    loader = runner.train_loop.dataloader
+    if isinstance(runner.train_loop, EpochBasedTrainLoop) and not len(loader):
+        raise DistillError(
+            f'train_dataloader makes not one batch of its {len(loader.dataset)} images: write less than '
+            f'batch_size={loader.batch_size}, or keep the last batch (drop_last={loader.drop_last}).'
+        )
 
 
 def _refuse_nan(task: Mapping[str, Any], kd: Mapping[str, Tensor]) -> None:

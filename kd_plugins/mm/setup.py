@@ -10,13 +10,23 @@ from mmengine.registry import MODELS
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
-from kd_plugins.distiller import AdapterBank, CannotRunError, Distiller, Tap, Teacher, build_terms, untouched_rng
+from kd_plugins.distiller import (
+    AdapterBank,
+    CannotRunError,
+    Distiller,
+    Tap,
+    Teacher,
+    build_terms,
+    find_module,
+    untouched_rng,
+)
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.forward import run_modules, settle
 from kd_plugins.mm.inputs import normalize, pixel_format
 from kd_plugins.mm.targets import class_labels, labels
 from kd_plugins.mm.teacher import build_untrained, is_classifier, num_classes
+from kd_plugins.predictions import ClassPredictions, readable
 
 DISTILL_KEYS = ('teacher', 'terms', 'start', 'stop', 'alpha')
 
@@ -71,8 +81,14 @@ def build_distiller(
             term.student = settle(student, term.student, 'student')
             if term.teacher == Tap('logits') and not hasattr(teacher.model, 'logits') and is_classifier(student):
                 # Another framework's name for it.
+                _refuse_others(teacher)
                 term.teacher = Tap(teacher.head)
             term.teacher = settle(teacher.model, term.teacher, 'teacher')
+            if term.teacher == Tap('logits') and is_classifier(teacher.model) and not is_classifier(student):
+                raise DistillError(
+                    f'the teacher {teacher.name} is a classifier, whose logits are of whole images, but the student '
+                    f"({type(student).__name__}) is none; distil features, e.g. teacher='stages[-1]'."
+                )
         except DistillError as error:
             raise DistillError(f'term {term.name!r}: {error}') from error
     return Distiller(
@@ -87,6 +103,14 @@ def build_distiller(
         bank=bank,
         **options,
     )
+
+
+def _refuse_others(teacher: Teacher) -> None:
+    if not teacher.head or not readable(find_module(teacher.model, teacher.head, 'teacher'), ClassPredictions):
+        raise DistillError(
+            f'the teacher {teacher.name} ({type(teacher.model).__name__}) predicts no classes of whole images; take a '
+            'classifier, or distil features of it.'
+        )
 
 
 def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:

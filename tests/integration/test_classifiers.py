@@ -418,7 +418,7 @@ def test_losses_are_timms_own():
     assert type(criterion(mixup=mixup, label_smoothing=0.1)) is timm.loss.SoftTargetCrossEntropy
     binary = criterion(loss='bce', label_smoothing=0.1)
     assert type(binary) is timm.loss.BinaryCrossEntropy and binary.smoothing == 0.1
-    assert criterion(loss=dict(type='JsdCrossEntropy', num_splits=3)).num_splits == 3
+    assert criterion(loss=dict(type='PolyCrossEntropy', epsilon=2.0)).epsilon == 2
     assert type(criterion(multi_label=True)) is timm.loss.BinaryCrossEntropy
 
 

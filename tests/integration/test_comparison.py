@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 class Case:
     """A pair of models, how it is trained in a few steps, and what must come out."""
 
-    pair: str
+    teacher: str
+    student: str
     term: str
     short: tuple[str, ...]
     columns: tuple[str, ...]
@@ -31,7 +32,8 @@ class Case:
 
 CASES = {
     'detection': Case(
-        pair='det/digits_yolox',
+        teacher='det/digits_yolox_teacher',
+        student='det/digits_yolox_student',
         term="dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head')",
         short=('train_cfg.max_epochs=2', 'train_cfg.val_interval=1'),
         columns=('mAP', 'AP50'),
@@ -41,7 +43,8 @@ CASES = {
         last=2,
     ),
     'segmentation': Case(
-        pair='seg/digits_fpn',
+        teacher='seg/digits_fpn_teacher',
+        student='seg/digits_fpn_student',
         term="dict(loss=dict(type='PixelwiseKLDivLoss'), student='decode_head', teacher='decode_head')",
         short=('train_cfg.max_iters=6', 'train_cfg.val_interval=3', 'default_hooks.checkpoint.interval=3'),
         columns=('mIoU', 'mAcc'),
@@ -49,6 +52,17 @@ CASES = {
         picture='segmentations.png',
         metric='mIoU',
         last=6,
+    ),
+    'classification': Case(
+        teacher='cls/digits_resnet_teacher',
+        student='cls/digits_deit_student',
+        term="dict(loss=dict(type='HardLabelLoss'), student='dist_logits', teacher='logits')",
+        short=('train_cfg.max_epochs=2', 'train_dataloader.batch_size=16'),
+        columns=('top-1',),
+        keys={'top1'},
+        picture='classifications.png',
+        metric='accuracy/top1',
+        last=2,
     ),
 }
 
@@ -70,8 +84,8 @@ def command(case, data, tmp_path_factory):
     options = [*case.short, 'default_hooks.logger.interval=1']
     return folder / 'runs', [
         *(sys.executable, str(ROOT / 'tools' / 'compare.py'), '--jobs', '2'),
-        *('--teacher', str(ROOT / f'configs/{case.pair}_teacher.py'), '--teacher-cfg-options', *options),
-        *('--student', str(ROOT / f'configs/{case.pair}_student.py'), '--cfg-options', *options),
+        *('--teacher', str(ROOT / f'configs/{case.teacher}.py'), '--teacher-cfg-options', *options),
+        *('--student', str(ROOT / f'configs/{case.student}.py'), '--cfg-options', *options),
         *('--kd', str(folder / 'logit.py'), '--work-dir', str(folder / 'runs')),
     ]
 
@@ -142,7 +156,10 @@ def test_refuses_before_anything_runs(tmp_path):
     segmentor = str(ROOT / 'configs/seg/digits_fpn_student.py')
     for options, words in (
         ([*teacher, '--student', str(config), '--kd', 'yolo_logit'], 'CocoMetric'),
-        ([*teacher, '--student', segmentor, '--kd', 'pixel_kl'], 'measured by mAP, --student by mIoU'),
+        (
+            [*teacher, '--student', segmentor, '--kd', 'pixel_kl'],
+            'measured by mAP and AP50, --student by mIoU and mAcc',
+        ),
         ([*teacher, '--student', str(config), '--kd', 'yolo_logits'], "did you mean 'yolo_logit'"),
         ([*teacher, '--student', 'nowhere.py', '--kd', 'yolo_logit'], 'nowhere.py'),
         ([*teacher, '--student', str(config), '--kd', 'yolo_logit', '--seeds', '0'], '--seeds must be at least 1'),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 
 from kd_plugins.classifiers.network import create_network, data_config
-from kd_plugins.distiller import find_module, find_weights, load_checkpoint
-from kd_plugins.errors import DistillError, nearest
+from kd_plugins.distiller import find_module, find_weights, load_checkpoint, untouched_rng
+from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.classification.preprocessor import ClassifierPreprocessor
 from kd_plugins.mm.classification.sample import ClassSample
 from kd_plugins.mm.classification.token import find_token, returning_both
@@ -53,7 +56,8 @@ class TimmClassifier(BaseModel):
         pretrained: Start from timm's own weights (from the internet), if no checkpoint is given.
         loss: ``'ce'``, ``'bce'``, or ``dict(type=...)`` of a loss of timm, torch or the ``MODELS`` registry. ``'ce'``
             is cross-entropy, with Mixup or CutMix timm's for soft labels; of multi-label data it is binary.
-        label_smoothing: In [0, 1).
+            Class weights (``weight``, ``pos_weight``) are lists.
+        label_smoothing: In [0, 1). A loss that is written as a dict has its own option.
         multi_label: Whether an image has any number of classes: a sigmoid each.
         mixup: Mixup and CutMix, see `ClassifierPreprocessor`.
         random_erasing: See `ClassifierPreprocessor`.
@@ -88,9 +92,18 @@ class TimmClassifier(BaseModel):
     ) -> None:
         if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
             raise DistillError(f'model.label_smoothing must be a number in [0, 1), got {label_smoothing!r}.')
+        if not isinstance(multi_label, bool):
+            raise DistillError(f'model.multi_label must be True or False, got {multi_label!r}.')
         fixed = dict(num_classes=num_classes, in_chans=in_chans, input_size=input_size)
         net, self.model_name = _network(model, fixed, pretrained, options)
         data = data_config(net)
+        for key, values in (('mean', mean), ('std', std)):
+            # Of modules nobody knows how many channels they take.
+            if isinstance(model, str) and isinstance(values, (tuple, list)) and len(values) != len(data.mean):
+                raise DistillError(
+                    f'model.{key} must be {len(data.mean)} number(s), one for each channel of the images, got '
+                    f'{values!r}.'
+                )
         number = num_classes if num_classes is not None else getattr(net, 'num_classes', None)
         if data_preprocessor is None:
             data_preprocessor = ClassifierPreprocessor(
@@ -120,6 +133,7 @@ class TimmClassifier(BaseModel):
                 f'model.loss {type(self.criterion).__name__} has trainable parameters, which have no place in a timm '
                 'checkpoint; take a loss without.'
             )
+        _check_labels(self.criterion, number, multi_label, mixup is not None)
         self._frozen = self._freeze(freeze)
         self._register_state_dict_hook(_without_prefix)
         self._register_load_state_dict_pre_hook(_with_prefix, with_module=True)
@@ -169,10 +183,8 @@ class TimmClassifier(BaseModel):
         """Load ``checkpoint``. The network has initialised itself; MMEngine's way would overwrite loaded weights."""
         if self.checkpoint is None:
             return
-        path = os.fspath(self.checkpoint)
-        if not path.startswith(('http://', 'https://')) and not os.path.isfile(path):
-            raise DistillError(f'model.checkpoint {path!r} does not exist.')
-        state, _ = find_weights(load_checkpoint(path), path)
+        path = self.checkpoint
+        state, _ = find_weights(load_checkpoint(path, 'model.checkpoint'), os.fspath(path))
         anew = load_start(self.net, state, path)
         note = f'; the classifier ({", ".join(anew)}) starts anew' if anew else ''
         print_log(f'student starts from {path}{note}', logger='current')
@@ -187,6 +199,8 @@ class TimmClassifier(BaseModel):
     def _freeze(self, paths: Sequence[str]) -> list[nn.Module]:
         if isinstance(paths, str):
             paths = [paths]
+        if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) for path in paths):
+            raise DistillError(f"model.freeze must be a list of modules, e.g. ['stem', 'layer1'], got {paths!r}.")
         modules: list[nn.Module] = []
         for path in paths:
             found = classifier_modules(self.net) if path == 'classifier' else [find_module(self.net, path, 'freeze')]
@@ -243,7 +257,8 @@ def _network(
     model: Any, fixed: Mapping[str, Any], pretrained: bool, options: Mapping[str, Any]
 ) -> tuple[nn.Module, str]:
     if isinstance(model, str):
-        return create_network(model, pretrained=pretrained, where='model.model', **fixed, **options), model
+        own = inspect.signature(TimmClassifier).parameters
+        return create_network(model, pretrained=pretrained, where='model.model', beside=own, **fixed, **options), model
     given = [*options, *(k for k, v in dict(fixed, in_chans=None).items() if v is not None and k == 'num_classes')]
     if isinstance(model, Mapping):
         net = ROOT_MODELS.build(dict(model))
@@ -266,24 +281,41 @@ def _criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool) -> n
     import timm.loss
 
     if isinstance(loss, Mapping):
-        options = dict(loss)
+        if smoothing and not mixes:
+            raise DistillError(
+                f'model.label_smoothing={smoothing} does not reach a loss that is written as dict(type=...); write it '
+                'in that dict, or leave loss out.'
+            )
+        options = {
+            k: torch.tensor(v) if k in ('weight', 'pos_weight') and isinstance(v, (list, tuple)) else v
+            for k, v in loss.items()
+        }
         name = options.pop('type', None)
         factory = getattr(timm.loss, str(name), None) or getattr(nn, str(name), None) if isinstance(name, str) else name
         if isinstance(name, str) and factory is None:
             with ROOT_MODELS.switch_scope_and_registry(None) as registry:
                 factory = registry.get(name)
         if factory is None:
-            known = [n for n in dir(timm.loss) if n[0].isupper()]
+            known = [n for m in (timm.loss, nn) for n, c in vars(m).items() if inspect.isclass(c) and _is_loss(m, n)]
             raise DistillError(f'model.loss: there is no loss {name!r}; {nearest(str(name), known)}')
         if mixes and name == 'LabelSmoothingCrossEntropy':
             raise DistillError(
                 'model.loss LabelSmoothingCrossEntropy takes class numbers, but mixup makes soft labels; leave loss '
                 'out and write label_smoothing in the model.'
             )
+        if name == 'JsdCrossEntropy':
+            raise DistillError(
+                'model.loss JsdCrossEntropy compares several augmentations of each image (the splits of AugMix), which '
+                'the data sets here do not make; leave loss out.'
+            )
+        taken = inspect.signature(factory).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            check_keys(options, taken, f'model.loss ({name})')
         try:
             return factory(**options)
-        except TypeError as error:
-            raise DistillError(f'model.loss: {name} cannot be built: {error}.') from error
+        except Exception as error:  # assertions without a text: timm checks little
+            given = ', '.join(f'{k}={v!r}' for k, v in options.items())
+            raise DistillError(f'model.loss: {name}({given}) is refused: {_in_words(error)}.') from error
     if loss not in ('ce', 'bce'):
         raise DistillError(f"model.loss must be 'ce', 'bce' or dict(type=...), got {loss!r}.")
     if multi_label or loss == 'bce':
@@ -297,6 +329,36 @@ def _criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool) -> n
     return nn.CrossEntropyLoss()
 
 
+def _is_loss(module: Any, name: str) -> bool:
+    return module is not nn or name.endswith('Loss')
+
+
+def _check_labels(criterion: nn.Module, count: int | None, multi_label: bool, mixes: bool) -> None:
+    """Refuse a loss on other labels than these; some would even broadcast them."""
+    if count is None:
+        return
+    batch = 3 if count == 2 else 2
+    logits = torch.zeros(batch, count)
+    if multi_label or mixes:
+        kind = 'zeros and ones (B, C), as multi_label=True says' if multi_label else 'soft ones (B, C), as mixup makes'
+        target = torch.zeros(batch, count).index_fill_(1, torch.tensor([0]), 1)
+    else:
+        kind, target = 'class numbers (B,)', torch.zeros(batch, dtype=torch.long)
+    try:
+        with untouched_rng(), torch.no_grad():
+            copy.deepcopy(criterion)(logits, target)
+    except Exception as error:
+        raise DistillError(
+            f'model.loss {type(criterion).__name__} fails on {count} logits (B, C) and labels that are {kind}: '
+            f'{_in_words(error)}; leave loss out for one that suits.'
+        ) from error
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ['no details']
+    return f'{type(error).__name__}: {lines[0][:200].rstrip(".")}'
+
+
 # Functions of this module, so that the EMA's deep copy of the model carries hooks that act on the copy.
 def _without_prefix(model: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
     for key in [k for k in state if k.startswith(prefix)]:
@@ -307,7 +369,19 @@ def _without_prefix(model: nn.Module, state: dict[str, Tensor], prefix: str, loc
 
 
 def _with_prefix(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    _refuse_strangers(model, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
     for key in [k for k in state if k.startswith(prefix)]:
         state[f'{prefix}{NET}{key[len(prefix) :]}'] = state.pop(key)
     for name, value in model.criterion.state_dict(prefix=f'{prefix}criterion.').items():
         state[name] = value
+
+
+def _refuse_strangers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """MMEngine's ``load_from`` only warns of what does not fit, and trains on from random weights."""
+    # Counters and other scalars look alike everywhere.
+    own = {k: v.shape for k, v in model.net.state_dict().items() if v.dim()}
+    if state and not any(own[k] == getattr(v, 'shape', None) for k, v in state.items() if k in own):
+        raise DistillError(
+            f'The checkpoint to load does not fit {model.model_name} at all: it holds {", ".join(list(state)[:3])}, '
+            f'... where {", ".join(list(own)[:3])}, ... are expected; check load_from, the model and its options.'
+        )

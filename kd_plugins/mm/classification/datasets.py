@@ -196,7 +196,7 @@ class ImageFolder(_Files):
             known = _subfolders(train) if split is not None and os.path.isdir(train) else own
             source = f'the folders of {train}' if known is not own else 'its folders'
         else:
-            known, source = _class_names(classes), 'classes'
+            known, source = _class_names(classes), 'those of the option classes'
         unknown = sorted(set(own) - set(known))
         if unknown:
             shown = ', '.join(map(repr, unknown[:5])) + (' ...' if len(unknown) > 5 else '')

@@ -10,9 +10,11 @@ import torch
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.registry import METRICS
 
+#: Options of MMEngine's ``BaseMetric``.
+_BASE = ('collect_device', 'prefix', 'collect_dir')
 #: Scores that are evaluated beside ``pred_score`` where a sample has them, and what their keys end in.
 _HEADS = {'pred_score_class': '_class_head', 'pred_score_distillation': '_distillation_head'}
 
@@ -57,11 +59,29 @@ class Accuracy(BaseMetric):
     default_prefix = 'accuracy'
 
     def __init__(self, topk: int | Sequence[int] = (1, 5), **options: Any) -> None:
+        check_keys(options, ['topk', *_BASE], 'Accuracy')
         super().__init__(**options)
         ks = topk if isinstance(topk, (tuple, list)) else [topk]
         if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
             raise DistillError(f'Accuracy: topk must be whole numbers >= 1, such as (1, 5), got {topk!r}.')
         self.topk = tuple(sorted(set(ks)))
+
+    @property
+    def dataset_meta(self) -> Mapping[str, Any] | None:
+        """Metainfo of the data set, which the Runner hands over before it trains."""
+        return self._dataset_meta
+
+    @dataset_meta.setter
+    def dataset_meta(self, meta: Mapping[str, Any] | None) -> None:
+        self._dataset_meta = meta
+        classes = (meta or {}).get('classes')
+        if classes is not None:
+            self._check_depth(self.topk[-1], len(classes))
+
+    def _check_depth(self, depth: int, count: int) -> None:
+        if depth > count:
+            fits = tuple(k for k in self.topk if k <= count) or (1,)
+            raise DistillError(f'Accuracy: top {depth} of {count} classes means nothing; write topk={fits}.')
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep one small number per image and head: where its class ranks."""
@@ -82,9 +102,7 @@ class Accuracy(BaseMetric):
         """Place of each sample's class, 0 the best; ``depth`` when it is not among so many."""
         scores = _stack(samples, key)
         count = scores.shape[1]
-        if depth > count:
-            fits = tuple(k for k in self.topk if k <= count) or (1,)
-            raise DistillError(f'Accuracy: top {depth} of {count} classes means nothing; write topk={fits}.')
+        self._check_depth(depth, count)
         outside = ((labels < 0) | (labels >= count)).nonzero()
         if len(outside):
             i = int(outside[0])
@@ -125,6 +143,7 @@ class MultiLabelAP(BaseMetric):
     default_prefix = 'multi_label'
 
     def __init__(self, **options: Any) -> None:
+        check_keys(options, _BASE, 'MultiLabelAP')
         super().__init__(**options)
         _average_precision()  # missing? say so now, not after an epoch
 

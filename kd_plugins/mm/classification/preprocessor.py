@@ -54,6 +54,7 @@ class ClassifierPreprocessor(BaseDataPreprocessor):
         multi_label: bool = False,
     ) -> None:
         super().__init__(non_blocking=True)
+        _check_statistics(mean, std)
         self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.size = None if size is None else (int(size[0]), int(size[1]))
@@ -162,8 +163,16 @@ class ClassifierPreprocessor(BaseDataPreprocessor):
     def _mixup(self, options: Mapping[str, Any], smoothing: float) -> Any:
         from timm.data import Mixup
 
-        check_keys(options, MIXUP_KEYS, 'model.mixup')
-        if not (options.get('mixup_alpha', 0) or options.get('cutmix_alpha', 0) or options.get('cutmix_minmax')):
+        _check_options(options, MIXUP_KEYS, 'model.mixup', 'mixup_alpha=0.8')
+        _check_range(options, 'model.mixup', ('mixup_alpha', 'cutmix_alpha'), float('inf'))
+        _check_range(options, 'model.mixup', ('prob', 'switch_prob'), 1)
+        area = options.get('cutmix_minmax')
+        if area is not None and not (_numbers(area, 2) and 0 <= area[0] < area[1] <= 1):
+            raise DistillError(
+                f'model.mixup.cutmix_minmax must be the least and the greatest share of a side, e.g. (0.2, 0.8), got '
+                f'{area!r}.'
+            )
+        if not (options.get('mixup_alpha', 0) or options.get('cutmix_alpha', 0) or area):
             raise DistillError('model.mixup mixes nothing: give mixup_alpha > 0, cutmix_alpha > 0 or cutmix_minmax.')
         modes = ('batch', 'pair', 'elem')
         if options.get('mode', 'batch') not in modes:
@@ -181,11 +190,47 @@ class ClassifierPreprocessor(BaseDataPreprocessor):
 def _erasing(options: Mapping[str, Any]) -> Any:
     from timm.data.random_erasing import RandomErasing
 
-    check_keys(options, ERASING_KEYS, 'model.random_erasing')
+    _check_options(options, ERASING_KEYS, 'model.random_erasing', 'probability=0.25')
+    _check_range(options, 'model.random_erasing', ('probability', 'min_area', 'max_area'), 1)
     modes = ('const', 'rand', 'pixel')
     if options.get('mode', 'const') not in modes:
         raise DistillError(f'model.random_erasing.mode must be one of {modes}, got {options["mode"]!r}.')
     return RandomErasing(**options, device='cpu')
+
+
+def _check_options(options: Any, keys: Sequence[str], where: str, example: str) -> None:
+    if not isinstance(options, Mapping):
+        raise DistillError(f'{where} must be dict({example}), got {options!r}.')
+    check_keys(options, keys, where)
+
+
+def _check_range(options: Mapping[str, Any], where: str, keys: Sequence[str], highest: float) -> None:
+    for key in keys:
+        value = options.get(key, 0)
+        if not _numbers([value], 1) or not 0 <= value <= highest:
+            kind = 'a number >= 0' if highest == float('inf') else f'a number from 0 to {highest:g}'
+            raise DistillError(f'{where}.{key} must be {kind}, got {value!r}.')
+
+
+def _check_statistics(mean: Any, std: Any) -> None:
+    for name, values in (('mean', mean), ('std', std)):
+        if not _numbers(values, len(mean) if _numbers(mean) else 0):
+            raise DistillError(
+                f'model.{name} must be one number for each channel, of pixels from 0 to 255, got mean={mean!r} and '
+                f'std={std!r}.'
+            )
+    # Less than one grey level: these are statistics of pixels in [0, 1], the form in which timm writes them.
+    if min(std) < 1:
+        raise DistillError(
+            f'model.std must be of pixels from 0 to 255, at least 1, got {tuple(std)}; statistics of pixels in [0, 1] '
+            '(mean and std) are to be multiplied by 255.'
+        )
+
+
+def _numbers(values: Any, count: int | None = None) -> bool:
+    if not isinstance(values, (tuple, list)) or not values or len(values) != (len(values) if count is None else count):
+        return False
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
 def _name(samples: Any, index: int) -> str:

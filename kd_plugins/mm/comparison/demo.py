@@ -93,7 +93,7 @@ def demo_across_architectures(
     *,
     data: str | os.PathLike = 'data/digits',
     seeds: Sequence[int] = (0,),
-    recipes: Sequence[str] = ('kl',),
+    recipes: Sequence[str] = ('kl', 'vit_feature'),
     jobs: int | None = None,
 ) -> dict[str, Any]:
     """The other way round: a vision transformer teaches a small ResNet. See `demo`."""

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import math
 import os
 import sys
 import warnings
@@ -79,13 +80,13 @@ class Comparison(Experiment):
         if not self.recipes:
             raise DistillError('--kd needs at least one recipe.')
         self.arms = dict(zip(_arm_names(self.recipes), self.recipes, strict=True))
-        for recipe in self.recipes:
-            find_recipe(recipe)
+        self._alphas = {arm: Config.fromfile(find_recipe(recipe)).get('alpha') for arm, recipe in self.arms.items()}
         if self.teacher_checkpoint and not Path(self.teacher_checkpoint).is_file():
             raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
         self.prepare()
         self._sizes: dict[str, int] = {}
         self._data: dict[str, dict[str, str]] = {}
+        self._heads: list[str] = []
         # Its notes on environment variables in configs would stand between the lines of progress.
         MMLogger.get_current_instance().setLevel('WARNING')
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
@@ -206,10 +207,18 @@ class Comparison(Experiment):
     def history(self, folder: Path) -> History:
         history = read_history(folder)
         history.val = {step: self.task.fractions(line) for step, line in history.val.items()}
+        alpha = self._alphas.get(folder.parent.name)
+        if alpha is not None:
+            history.train = {step: _without_balance(line, alpha) for step, line in history.train.items()}
         return history
 
     def measured(self, test: Phase) -> tuple[float, ...]:
-        return self.task.accuracy(read_test_metrics(test.folder))
+        metrics = read_test_metrics(test.folder)
+        heads = {k.partition('top1_')[2].replace('_', ' '): v for k, v in metrics.items() if 'top1_' in k}
+        if heads:
+            shares = ', '.join(f'{name} {share:.1f}' for name, share in heads.items())
+            self._heads.append(f'{test.title.removeprefix("evaluate ")}: {shares}')
+        return self.task.accuracy(metrics)
 
     def parameters(self, arm: str, test: Phase) -> int:
         config = self.teacher_config if arm == TEACHER else self.student_config
@@ -241,7 +250,20 @@ class Comparison(Experiment):
             'teacher': _short(self.teacher) + weights,
             'student': _short(self.student),
             'recipes': ', '.join(map(_short, self.recipes)),
+            **({'top-1 of each head alone': '; '.join(self._heads)} if self._heads else {}),
         }
+
+
+def _without_balance(line: Mapping[str, float], alpha: float) -> dict[str, float]:
+    """A line of a training log in which the student's own loss is as large as without distillation.
+
+    A recipe's ``alpha`` scales it by ``1 - alpha`` while distillation is on; in the curves that would look like a gain.
+    """
+    kd = sum(v for k, v in line.items() if k.startswith('loss_kd_'))
+    if not kd:  # before its start, or after its stop
+        return dict(line)
+    own = (line['loss'] - kd) / (1 - alpha) if alpha < 1 else math.nan
+    return {**line, 'loss': kd + own}
 
 
 def read_config(spec: str, options: Sequence[str], where: str) -> Config:
