@@ -36,6 +36,12 @@ def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
     return f'choose from: {", ".join(shown)}{", ..." if len(names) > len(shown) else "."}'
 
 
+def in_words(error: Exception) -> str:
+    """An exception of somebody else's code as a clause: its kind and the first line of its text."""
+    lines = str(error).strip().splitlines() or ['no details']
+    return f'{type(error).__name__}: {lines[0][:200].rstrip(".:")}'
+
+
 def check_keys(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
     """Refuse unknown keys of a config mapping.
 

@@ -38,4 +38,5 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(_delete_=True, type='kd_plugins.MultiLabelAP')
 test_evaluator = val_evaluator
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
 train_cfg = dict(max_epochs=15)

@@ -5,10 +5,10 @@ model = dict(
     type='kd_plugins.TimmClassifier',
     model='resnet18',
     num_classes=10,
-    input_size=32,
+    input_size=8,
+    stem_type='deep',
+    stem_width=8,
     layers=(1, 1, 1, 1),
-    channels=(4, 8, 16, 32),
-    output_stride=16,
+    channels=(8, 16, 32, 64),
+    output_stride=8,
 )
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
-train_cfg = dict(max_epochs=8)

@@ -25,7 +25,7 @@ from kd_plugins.classifiers.teacher import (
     wanted_classes,
 )
 from kd_plugins.distiller import PixelFormat, Teacher, untouched_rng
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, in_words
 
 KEYS = ('exported', 'trusted')
 _NO_LIMIT = 1 << 31
@@ -313,8 +313,7 @@ def _refuse_training_mode(net: ExportedNetwork, images: Tensor) -> None:
 
 
 def _unreadable(path: str, error: Exception) -> DistillError:
-    lines = str(error).strip().splitlines() or ['no details']
     return DistillError(
-        f'teacher.exported {path!r} cannot be loaded ({type(error).__name__}: {lines[0][:200].rstrip(".")}); export it '
+        f'teacher.exported {path!r} cannot be loaded ({in_words(error)}); export it '
         'again, on the CPU and with this version of torch.'
     )

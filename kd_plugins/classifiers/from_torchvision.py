@@ -16,7 +16,7 @@ from kd_plugins.classifiers.teacher import (
     load_weights,
 )
 from kd_plugins.distiller import PixelFormat, Teacher, untouched_rng
-from kd_plugins.errors import DistillError, nearest
+from kd_plugins.errors import DistillError, in_words, nearest
 
 KEYS = ('torchvision', 'options')
 
@@ -100,8 +100,6 @@ def _create(name: str, fixed: tuple[int, int] | None, num_classes: int | None, o
         return torchvision.models.get_model(name, weights=None, **options)
     except Exception as error:
         given = ', '.join(f'{k}={v!r}' for k, v in options.items()) or 'no options'
-        lines = str(error).strip().splitlines() or ['no details']
         raise DistillError(
-            f'teacher.torchvision: {name!r} cannot be created with {given} ({type(error).__name__}: '
-            f'{lines[0][:200].rstrip(".")}).'
+            f'teacher.torchvision: {name!r} cannot be created with {given} ({in_words(error)}).'
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins.errors import DistillError, nearest
+from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.predictions.classes import ClassLogits
 
 #: ImageNet's statistics, of pixels in [0, 1]: what a network without any of its own is taken to expect.
@@ -255,8 +255,7 @@ def _refused(
     if unexpected and unexpected[3] in options:
         choices = _option_names(name, unexpected[1] or unexpected[2]).union(beside) - {'options', 'model'}
         return DistillError(f'{where}: {name!r} has no option {unexpected[3]!r}: {nearest(unexpected[3], choices)}')
-    lines = str(error).strip().splitlines() or ['no details']
-    reason = f'{type(error).__name__}: {lines[0][:200].rstrip(".:")}'
+    reason = in_words(error)
     if pretrained:
         return DistillError(f'{where}: {name!r} with its pretrained weights cannot be had ({reason}); give a file.')
     given = ', '.join(f'{k}={v!r}' for k, v in options.items()) or 'no options'

@@ -20,7 +20,7 @@ from kd_plugins.distiller import (
     load_strictly,
     untouched_rng,
 )
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.errors import DistillError, check_keys, in_words, nearest
 
 #: Options of every classifier as a teacher, see `find_options`.
 OPTIONS = ('checkpoint', 'num_classes', 'classes', 'input_size', 'mean', 'std', 'in_chans', 'multi_label')
@@ -165,10 +165,9 @@ def count_classes(net: ClassifierNetwork, size: tuple[int, int], channels: int, 
     except DistillError as error:
         raise DistillError(f'{where}: {error}') from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or ['no details']
         raise DistillError(
             f'{where} cannot be run on two images of {size[0]}x{size[1]} with {channels} channel(s) '
-            f'({type(error).__name__}: {lines[0][:200].rstrip(".")}); give teacher.input_size=(height, width) and '
+            f'({in_words(error)}); give teacher.input_size=(height, width) and '
             'teacher.in_chans as it was trained.'
         ) from error
 

@@ -1,4 +1,4 @@
-"""The files of one split, in four formats that share the same images and come from the same ink masks.
+"""The files of a data set: scenes, in four formats that share the same images and come from the same ink masks.
 
 ```
 <root>/
@@ -8,6 +8,7 @@
   labels/{train,val}/000000.txt          Ultralytics: class cx cy w h, normalised
   digits.yaml                            Ultralytics data file; paths are relative to this file
   cls/{train,val}/{0..9}/000000_00.png   classification crops, 32 x 32: ImageFolder, or Ultralytics' data=<root>/cls
+  scans/{train,val}.npz                  the scans themselves: images (N, 8, 8) uint8, ink is bright; labels (N,)
   preview.png                            some validation scenes with boxes, label maps and crops
   kd_digits.json                         settings, scan indices per split, list of files
 ```
@@ -18,6 +19,7 @@ The label maps are not called ``masks``: a folder of that name switches Ultralyt
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,21 @@ IGNORE_INDEX = 255
 
 CROP = 32  # side of a classification crop in pixels
 CONTEXT = 1.25  # side of the cut square over the longer side of the box
+
+
+def write_scans(root: Path, scans: np.ndarray, labels: np.ndarray, pools: Mapping[str, np.ndarray]) -> None:
+    """Write the single digits as arrays, split as the scenes are.
+
+    Args:
+        root: Folder of the data set.
+        scans: ``(N, 8, 8)`` ink in [0, 1].
+        labels: ``(N,)`` digits.
+        pools: Indices of the scans of each split.
+    """
+    (root / 'scans').mkdir()
+    for split, pool in pools.items():
+        images = np.round(255 * scans[pool]).astype(np.uint8)
+        np.savez(root / 'scans' / f'{split}.npz', images=images, labels=labels[pool])
 
 
 class SplitWriter:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_plugins.data.formats import IGNORE_INDEX, SplitWriter, write_yolo_yaml
+from kd_plugins.data.formats import IGNORE_INDEX, SplitWriter, write_scans, write_yolo_yaml
 from kd_plugins.data.preview import contact_sheet
 from kd_plugins.data.scans import CLASSES, load_scans, split_scans
 from kd_plugins.data.scenes import render_scene
@@ -21,7 +21,7 @@ from kd_plugins.errors import DistillError
 
 MANIFEST = 'kd_digits.json'
 FORMAT = 'kd_plugins scenes of handwritten digits'
-VERSION = 1  # raise it when the same settings give other files: folders of an older version are then rewritten
+VERSION = 2  # raise it when the same settings give other files: folders of an older version are then rewritten
 _UNFINISHED = 'UNFINISHED'  # marks a folder that is being written
 _STALE_SECONDS = 3600  # far longer than any write takes: older unfinished siblings belong to killed processes
 MIN_SIZE, MAX_SIZE, MAX_COUNT = 64, 1024, 999_999
@@ -94,6 +94,7 @@ def prepare_digits(
 def _write(root: Path, settings: dict, scans: np.ndarray, labels: np.ndarray, progress: bool) -> None:
     pools = split_scans(labels, settings['seed'])
     used = {}
+    write_scans(root, scans, labels, pools)
     for number, (split, pool) in enumerate(pools.items(), start=1):
         writer = SplitWriter(root, split)
         for i in range(settings[split]):

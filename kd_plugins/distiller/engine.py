@@ -18,7 +18,7 @@ from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Capture, find_module
 from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, in_words
 from kd_plugins.predictions import ClassPredictions, DensePredictions, align_classes, find_reader, readable
 
 #: ``targets(inputs, samples)``: the labels of a batch, or None when there are none.
@@ -235,7 +235,7 @@ class Distiller:
             sides = [f'{tap} ({shapes(capture.maps(tap))})' for capture, tap in taps]
             raise DistillError(
                 f'{where}: its adapter or {type(term.loss).__name__} fails on student {sides[0]} and teacher '
-                f'{sides[1]}: {_in_words(error)}; correct their options.'
+                f'{sides[1]}: {in_words(error)}; correct their options.'
             ) from error
         if value.dim() != 0:
             raise DistillError(f'{where}: {type(term.loss).__name__} must return a scalar, got {tuple(value.shape)}.')
@@ -431,17 +431,14 @@ def _running(side: str, model: nn.Module, inputs: Tensor) -> Iterator[None]:
     except DistillError as error:
         raise DistillError(f'{side}: {error}') from error
     except Exception as error:
-        advice = 'data_preprocessor.size' if side == 'student' else 'teacher.input_size=(height, width)'
+        # Classifiers are run at the size that their config names.
+        own = 'model.input_size' if hasattr(model, 'logits') else 'data_preprocessor.size'
+        advice = own if side == 'student' else 'teacher.input_size=(height, width)'
         raise CannotRunError(
             f'The {side} ({type(model).__name__}) cannot be run on an RGB image of '
-            f'{"x".join(map(str, inputs.shape[-2:]))} pixels: {_in_words(error)}; if it was made for one size only, '
+            f'{"x".join(map(str, inputs.shape[-2:]))} pixels: {in_words(error)}; if it was made for one size only, '
             f'write that as {advice}.'
         ) from error
-
-
-def _in_words(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ['']
-    return f'{type(error).__name__}: {lines[0][:200].rstrip(".")}'
 
 
 def _refuse_frozen(term: Term, tensors: Sequence[Tensor]) -> None:

@@ -146,8 +146,8 @@ class Matching:
         if term.consumes == 'logits' and pairs[0][0].dim() > 3:
             raise DistillError(
                 f'{type(term.loss).__name__} compares (..., C) logits, but {str(term.student)!r} is the map '
-                f'{shapes([pairs[0][0]])}, whose last side is not the classes; tap the whole head, or use '
-                'ChannelWiseDivLoss.'
+                f'{shapes([pairs[0][0]])}, whose last side is not the classes; tap the whole head, '
+                "project it (adapter=dict(type='LogitProjector')), or use ChannelWiseDivLoss."
             )
         return pairs
 

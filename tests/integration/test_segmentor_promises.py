@@ -21,6 +21,17 @@ from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
 from tests.integration import child_hooks  # noqa: F401  (registers KillAt and Dump)
 from tests.integration.lab import Probe, difference, distill_hook, ema, weights
+from tests.integration.promises import (
+    adapters_of,
+    interrupted,
+    is_on,
+    logged,
+    own_losses,
+    read,
+    resumed,
+    train,
+    zero,
+)
 from tests.integration.seg_lab import FEATURES, LOGITS
 
 TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
@@ -43,33 +54,6 @@ for part in ('backbone', 'decode_head', 'auxiliary_head'):
     model[part]['norm_cfg'] = dict(_delete_=True, type='GN', num_groups=2)
 del part
 """
-
-
-def zero(terms):
-    return {name: {**term, 'weight': 0.0} for name, term in copy.deepcopy(terms).items()}
-
-
-def train(lab, config, check=None):
-    probe = Probe(check)
-    return lab.train(config, probe), probe.logs
-
-
-def own_losses(log):
-    return {k: v for k, v in log.items() if 'kd' not in k}
-
-
-def is_on(log, terms):
-    values = [log[f'loss_kd_{name}'] > 0 for name in terms]
-    assert len(set(values)) == 1
-    return values[0]
-
-
-def read(path):
-    return torch.load(path, map_location='cpu', weights_only=False)
-
-
-def adapters_of(runner):
-    return distill_hook(runner).distiller.bank.export_state()
 
 
 # ---------------------------------------------------------------------- weight 0, start, stop, schedules
@@ -202,26 +186,6 @@ def test_the_teacher_stays_as_its_file_says(seg_lab, runs):
 
 
 # ---------------------------------------------------------------------- resume
-def resumed(config):
-    config = copy.deepcopy(config)
-    config.resume, config.experiment_name = True, config.experiment_name + '_resumed'
-    return config
-
-
-def interrupted(lab, config, iteration):
-    """Train until an iteration ends, and return what resumes."""
-    config = copy.deepcopy(config)
-    config.work_dir, config.experiment_name = config.work_dir + '_killed', config.experiment_name + '_killed'
-
-    def die(runner):
-        if runner.iter + 1 == iteration:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(lab, config, die)
-    return resumed(config)
-
-
 def test_the_framework_itself_resumes_exactly(seg_lab):
     """The measure for the next test: MMEngine restores weights, momentum, EMA and the order of the images."""
     config = seg_lab.plain(steps=6, extra=DETERMINISTIC, default_hooks__checkpoint__interval=2)
@@ -467,10 +431,6 @@ def command(monkeypatch):
         return runners[0]
 
     return run
-
-
-def logged(runner):
-    return {k.removeprefix('train/') for k in runner.message_hub.log_scalars}
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 
 from kd_plugins.classifiers.network import create_network, data_config
-from kd_plugins.distiller import find_module, find_weights, load_checkpoint, untouched_rng
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.distiller import find_module, find_weights, load_checkpoint
+from kd_plugins.errors import DistillError
+from kd_plugins.mm.classification.criterion import build_criterion, check_labels
 from kd_plugins.mm.classification.preprocessor import ClassifierPreprocessor
 from kd_plugins.mm.classification.sample import ClassSample
 from kd_plugins.mm.classification.token import find_token, returning_both
+from kd_plugins.mm.classification.weights import classifier_modules, load_start, with_prefix, without_prefix
 from kd_plugins.mm.targets import class_labels
 from kd_plugins.predictions import ClassLogits
 from kd_plugins.registry import MODELS
-
-NET = 'net.'
 
 
 @MODELS.register_module()
@@ -127,16 +125,16 @@ class TimmClassifier(BaseModel):
         self.multi_label, self.checkpoint = multi_label, checkpoint
         #: Whether the heads learn from different teachers in the next forward; set by `DistillHook`.
         self.separate_heads = False
-        self.criterion = _criterion(loss, label_smoothing, multi_label, mixup is not None)
+        self.criterion = build_criterion(loss, label_smoothing, multi_label, mixup is not None)
         if any(True for _ in self.criterion.parameters()):
             raise DistillError(
                 f'model.loss {type(self.criterion).__name__} has trainable parameters, which have no place in a timm '
                 'checkpoint; take a loss without.'
             )
-        _check_labels(self.criterion, number, multi_label, mixup is not None)
+        check_labels(self.criterion, number, multi_label, mixup is not None)
         self._frozen = self._freeze(freeze)
-        self._register_state_dict_hook(_without_prefix)
-        self._register_load_state_dict_pre_hook(_with_prefix, with_module=True)
+        self._register_state_dict_hook(without_prefix)
+        self._register_load_state_dict_pre_hook(with_prefix, with_module=True)
 
     # ------------------------------------------------------------------ MMEngine
     def forward(self, inputs: Tensor, data_samples: Sequence[ClassSample] | None = None, mode: str = 'tensor') -> Any:
@@ -163,7 +161,8 @@ class TimmClassifier(BaseModel):
             scores.update(pred_score_class=heads[0], pred_score_distillation=heads[1])
         for name, values in scores.items():
             for sample, score in zip(samples, self._probabilities(values), strict=True):
-                setattr(sample, name, score)
+                # A copy: a view would be pickled with the whole batch, once for every image.
+                setattr(sample, name, score.clone())
         return samples
 
     def _logits(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -212,47 +211,6 @@ class TimmClassifier(BaseModel):
         return modules
 
 
-def classifier_modules(net: nn.Module) -> list[nn.Module]:
-    """The module, or the two of a model with a distillation token, that make logits of features."""
-    found = net.get_classifier() if hasattr(net, 'get_classifier') else None
-    modules = [m for m in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(m, nn.Module)]
-    if not any(True for m in modules for _ in m.parameters()):
-        raise DistillError(f'{type(net).__name__} names no classifier; write the path of its last layer instead.')
-    return modules
-
-
-def load_start(net: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
-    """Load weights to start from; a classifier with another number of classes stays as it is.
-
-    Args:
-        net: The network.
-        state: The weights.
-        source: Where they come from.
-
-    Returns:
-        Keys of the classifier that were left out.
-
-    Raises:
-        DistillError: Anything else does not fit.
-    """
-    own = net.state_dict()
-    anew: list[str] = []
-    if hasattr(net, 'get_classifier'):
-        heads = {id(p) for m in classifier_modules(net) for p in m.parameters()}
-        names = [k for k, p in net.named_parameters() if id(p) in heads]
-        anew = [k for k in names if k not in state or state[k].shape != own[k].shape]
-    wrong = [k for k in own if k not in anew and (k not in state or state[k].shape != own[k].shape)]
-    wrong = [k for k in wrong if not k.endswith('num_batches_tracked')]
-    extra = [k for k in state if k not in own]
-    if wrong or extra:
-        raise DistillError(
-            f'model.checkpoint {source!r} does not fit {type(net).__name__}: {len(wrong)} keys missing or of another '
-            f'shape, {len(extra)} unexpected ({", ".join([*wrong, *extra][:3])}); check model and its options.'
-        )
-    net.load_state_dict({k: v for k, v in state.items() if k not in anew}, strict=False)
-    return anew
-
-
 def _network(
     model: Any, fixed: Mapping[str, Any], pretrained: bool, options: Mapping[str, Any]
 ) -> tuple[nn.Module, str]:
@@ -274,114 +232,3 @@ def _network(
         cfg = dict(getattr(net, 'pretrained_cfg', None) or {})
         net.pretrained_cfg = {**cfg, 'input_size': (fixed['in_chans'], *size)}
     return net, type(net).__name__
-
-
-def _criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool) -> nn.Module:
-    """timm's own losses, chosen as its training script does."""
-    import timm.loss
-
-    if isinstance(loss, Mapping):
-        if smoothing and not mixes:
-            raise DistillError(
-                f'model.label_smoothing={smoothing} does not reach a loss that is written as dict(type=...); write it '
-                'in that dict, or leave loss out.'
-            )
-        options = {
-            k: torch.tensor(v) if k in ('weight', 'pos_weight') and isinstance(v, (list, tuple)) else v
-            for k, v in loss.items()
-        }
-        name = options.pop('type', None)
-        factory = getattr(timm.loss, str(name), None) or getattr(nn, str(name), None) if isinstance(name, str) else name
-        if isinstance(name, str) and factory is None:
-            with ROOT_MODELS.switch_scope_and_registry(None) as registry:
-                factory = registry.get(name)
-        if factory is None:
-            known = [n for m in (timm.loss, nn) for n, c in vars(m).items() if inspect.isclass(c) and _is_loss(m, n)]
-            raise DistillError(f'model.loss: there is no loss {name!r}; {nearest(str(name), known)}')
-        if mixes and name == 'LabelSmoothingCrossEntropy':
-            raise DistillError(
-                'model.loss LabelSmoothingCrossEntropy takes class numbers, but mixup makes soft labels; leave loss '
-                'out and write label_smoothing in the model.'
-            )
-        if name == 'JsdCrossEntropy':
-            raise DistillError(
-                'model.loss JsdCrossEntropy compares several augmentations of each image (the splits of AugMix), which '
-                'the data sets here do not make; leave loss out.'
-            )
-        taken = inspect.signature(factory).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-            check_keys(options, taken, f'model.loss ({name})')
-        try:
-            return factory(**options)
-        except Exception as error:  # assertions without a text: timm checks little
-            given = ', '.join(f'{k}={v!r}' for k, v in options.items())
-            raise DistillError(f'model.loss: {name}({given}) is refused: {_in_words(error)}.') from error
-    if loss not in ('ce', 'bce'):
-        raise DistillError(f"model.loss must be 'ce', 'bce' or dict(type=...), got {loss!r}.")
-    if multi_label or loss == 'bce':
-        # Mixed labels are smoothed where they are mixed.
-        amount = 0.0 if mixes else smoothing
-        return timm.loss.BinaryCrossEntropy(smoothing=amount, smooth_dense=multi_label and bool(amount))
-    if mixes:
-        return timm.loss.SoftTargetCrossEntropy()
-    if smoothing:
-        return timm.loss.LabelSmoothingCrossEntropy(smoothing)
-    return nn.CrossEntropyLoss()
-
-
-def _is_loss(module: Any, name: str) -> bool:
-    return module is not nn or name.endswith('Loss')
-
-
-def _check_labels(criterion: nn.Module, count: int | None, multi_label: bool, mixes: bool) -> None:
-    """Refuse a loss on other labels than these; some would even broadcast them."""
-    if count is None:
-        return
-    batch = 3 if count == 2 else 2
-    logits = torch.zeros(batch, count)
-    if multi_label or mixes:
-        kind = 'zeros and ones (B, C), as multi_label=True says' if multi_label else 'soft ones (B, C), as mixup makes'
-        target = torch.zeros(batch, count).index_fill_(1, torch.tensor([0]), 1)
-    else:
-        kind, target = 'class numbers (B,)', torch.zeros(batch, dtype=torch.long)
-    try:
-        with untouched_rng(), torch.no_grad():
-            copy.deepcopy(criterion)(logits, target)
-    except Exception as error:
-        raise DistillError(
-            f'model.loss {type(criterion).__name__} fails on {count} logits (B, C) and labels that are {kind}: '
-            f'{_in_words(error)}; leave loss out for one that suits.'
-        ) from error
-
-
-def _in_words(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ['no details']
-    return f'{type(error).__name__}: {lines[0][:200].rstrip(".")}'
-
-
-# Functions of this module, so that the EMA's deep copy of the model carries hooks that act on the copy.
-def _without_prefix(model: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        # All keys again, so that they keep their order; what is not of the network (a loss's class weights) is config.
-        value, name = state.pop(key), key[len(prefix) :]
-        if name.startswith(NET):
-            state[prefix + name[len(NET) :]] = value
-
-
-def _with_prefix(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    _refuse_strangers(model, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    for key in [k for k in state if k.startswith(prefix)]:
-        state[f'{prefix}{NET}{key[len(prefix) :]}'] = state.pop(key)
-    for name, value in model.criterion.state_dict(prefix=f'{prefix}criterion.').items():
-        state[name] = value
-
-
-def _refuse_strangers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """MMEngine's ``load_from`` only warns of what does not fit, and trains on from random weights."""
-    # Counters and other scalars look alike everywhere.
-    own = {k: v.shape for k, v in model.net.state_dict().items() if v.dim()}
-    if state and not any(own[k] == getattr(v, 'shape', None) for k, v in state.items() if k in own):
-        raise DistillError(
-            f'The checkpoint to load does not fit {model.model_name} at all: it holds {", ".join(list(state)[:3])}, '
-            f'... where {", ".join(list(own)[:3])}, ... are expected; check load_from, the model and its options.'
-        )

@@ -87,7 +87,10 @@ def test_every_mode_is_converted(tmp_path, mode, in_chans):
         (dict(root=3), 'root must be a path, got 3'),
         (dict(split='vall'), "split: there is no folder .*vall: did you mean 'val'"),
         (dict(split=None), "splits, not classes: write split='train'"),
-        (dict(classes=['10', '2', 'cta']), "no known class: 'cat'; the classes are those of the option classes: did you mean 'cta'"),
+        (
+            dict(classes=['10', '2', 'cta']),
+            "no known class: 'cat'; the classes are those of the option classes: did you mean 'cta'",
+        ),
         (dict(classes='cat'), 'must be a list of names'),
         (dict(classes=[]), 'must be a list of names'),
         (dict(classes=['cat', '2', 'cat', '10']), "'cat' more than once"),
