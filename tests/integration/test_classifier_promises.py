@@ -557,6 +557,7 @@ RECIPES = dict(
     deit_token_soft='deit',
     vit_feature='resnet',
     vit_attention='resnet',
+    ofa='resnet',
 )
 
 

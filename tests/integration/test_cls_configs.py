@@ -241,6 +241,7 @@ TAUGHT = [
     ('deit_token', 'cifar10_deit_student', 'cifar10_resnet_teacher', '', {'token'}),
     ('vit_feature', 'cifar10_resnet_student', 'cifar10_vit_teacher', '', {'logits', 'last', 'before'}),
     ('vit_feature', 'cifar10_deit_student', 'cifar10_resnet_teacher', '', {'logits', 'last', 'before'}),
+    ('ofa', 'cifar10_resnet_student', 'cifar10_vit_teacher', '', {'logits', 'last', 'before'}),
     ('vit_attention', 'cifar10_resnet_student', 'cifar10_vit_teacher', 'depth=12', {'logits', 'attention'}),
     ('multi_label', 'digits_multilabel_student', 'digits_multilabel_teacher', '', {'logits'}),
 ]
