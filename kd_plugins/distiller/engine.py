@@ -84,7 +84,7 @@ class Distiller:
         bank: AdapterBank | None = None,
     ) -> None:
         self.student, self.teacher, self.terms = student, teacher, terms
-        self.matching = Matching(student, teacher.model, classes)
+        self.matching = Matching(student, teacher, classes)
         self.start, self.stop, self.alpha = start, stop, alpha
         self._targets = targets
         self.bank = bank if bank is not None else AdapterBank()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd_plugins.adapters import as_map, attention_map
 from kd_plugins.distiller.calling import Classes, Predictions
 from kd_plugins.distiller.taps import Call, Capture, find_module
+from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Term
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import (
@@ -55,11 +56,11 @@ class Matching:
 
     Args:
         student: The plain student model.
-        teacher: The teacher's model.
+        teacher: The teacher itself, not its model: copies and pickles of whatever leads here must leave it out.
         classes: ``(student_index, teacher_index)`` of the classes both know, or None when the sets are equal.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, classes: Classes = None) -> None:
+    def __init__(self, student: nn.Module, teacher: Teacher, classes: Classes = None) -> None:
         self.student, self.teacher, self.classes = student, teacher, classes
         self._forms: dict[str, type[Predictions] | None] = {}
 
@@ -80,7 +81,7 @@ class Matching:
     def _find_form(self, term: Term) -> type[Predictions] | None:
         sides = (
             ('student', find_module(self.student, term.student.module, 'student'), term.student),
-            ('teacher', find_module(self.teacher, term.teacher.module, 'teacher'), term.teacher),
+            ('teacher', find_module(self.teacher.model, term.teacher.module, 'teacher'), term.teacher),
         )
         if term.projects:
             # Its student side is a feature.

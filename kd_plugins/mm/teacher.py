@@ -86,7 +86,10 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     """
     known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
     if teacher_kind(cfg) not in (None, 'config'):
-        return build_foreign(cfg, known, 'classifier' if is_classifier(student) else 'detector')
+        kind = (
+            'classifier' if is_classifier(student) else 'segmentor' if hasattr(student, 'decode_head') else 'detector'
+        )
+        return build_foreign(cfg, known, kind)
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -100,7 +103,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    inputs = teacher_inputs(cfg, known, model)
+    inputs = teacher_inputs(cfg, known, model, own_size(student))
     teacher = Teacher(
         model,
         run_modules,
@@ -121,12 +124,16 @@ def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
     if teacher_kind(cfg) not in (None, 'config'):
         return build_teacher(cfg, student)[0]
     model, _ = build_architecture(cfg)
-    inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model)
+    inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model, own_size(student))
     return Teacher(model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model))
 
 
-def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> TeacherInputs | Resized:
+def teacher_inputs(
+    cfg: Mapping[str, Any], student: Any, model: nn.Module, size_of_student: tuple[int, int] | None = None
+) -> TeacherInputs | Resized:
     """What turns the student's batch into the teacher's: another normalisation, and another resolution if asked for.
+
+    Classifiers say what size they were made for.
 
     Raises:
         DistillError: ``input_size`` or ``input_scale`` is no size or factor, or both are given.
@@ -134,9 +141,8 @@ def teacher_inputs(cfg: Mapping[str, Any], student: Any, model: nn.Module) -> Te
     inputs = TeacherInputs(student, getattr(model, 'data_preprocessor', None))
     size, scale = cfg.get('input_size'), cfg.get('input_scale')
     if size is None and scale is None:
-        # Classifiers say what they were made for; the batches of others have any size.
-        own = getattr(getattr(model, 'data_preprocessor', None), 'size', None) if is_classifier(model) else None
-        return inputs if own is None else Resized(inputs, own, 'bicubic')
+        own = own_size(model)
+        return inputs if own in (None, size_of_student) else Resized(inputs, own, 'bicubic')
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
     if scale is not None:
@@ -162,7 +168,7 @@ def build_foreign(cfg: Mapping[str, Any], student: PixelFormat, kind: str = 'det
     Args:
         cfg: The ``teacher`` mapping.
         student: The format of the student's batches.
-        kind: What the student is: ``'detector'`` or ``'classifier'``.
+        kind: What the student is: ``'detector'``, ``'segmentor'`` or ``'classifier'``.
 
     Raises:
         DistillError: The teacher cannot be loaded, or is of another kind.
@@ -171,7 +177,7 @@ def build_foreign(cfg: Mapping[str, Any], student: PixelFormat, kind: str = 'det
     found = (
         'classifier' if readable(find_module(teacher.model, teacher.head, 'teacher'), ClassPredictions) else 'detector'
     )
-    if found != kind:
+    if 'classifier' in (found, kind) and found != kind:
         raise DistillError(f'The teacher {teacher.name} is a {found}, but the student a {kind}; take a {kind}.')
     return teacher, notes
 
@@ -214,6 +220,11 @@ def teacher_classes(
         if names and not isinstance(names, str) and (number is None or len(names) == number):
             return tuple(str(n) for n in names)
     return None
+
+
+def own_size(model: Any) -> tuple[int, int] | None:
+    """``(height, width)`` of all images that a classifier is given; None: batches have any size."""
+    return getattr(getattr(model, 'data_preprocessor', None), 'size', None) if is_classifier(model) else None
 
 
 def is_classifier(model: Any) -> bool:

@@ -810,7 +810,6 @@ CASES = [
         'texts with the name of an image',
         term(),
         '.png cannot be read',
-        'UnidentifiedImageError',
         "on_corrupt='skip'",
         edit=in_images('text', text_files),
     ),

@@ -490,7 +490,13 @@ CASES = [
         'compares segmentation heads',
         teacher=ultralytics('yolo11n'),
     ),
-    case('a classifier of Ultralytics', term(), 'yolo11n-cls', 'no detector', teacher=ultralytics('yolo11n-cls')),
+    case(
+        'a classifier of Ultralytics',
+        term(),
+        'yolo11n-cls',
+        'but the student a segmentor',
+        teacher=ultralytics('yolo11n-cls'),
+    ),
 ]
 
 
