@@ -217,15 +217,13 @@ def _network(
     if isinstance(model, str):
         own = inspect.signature(TimmClassifier).parameters
         return create_network(model, pretrained=pretrained, where='model.model', beside=own, **fixed, **options), model
-    given = [*options, *(k for k, v in dict(fixed, in_chans=None).items() if v is not None and k == 'num_classes')]
-    if isinstance(model, Mapping):
-        net = ROOT_MODELS.build(dict(model))
-    else:
-        net = model
+    net = ROOT_MODELS.build(dict(model)) if isinstance(model, Mapping) else model
     if not isinstance(net, nn.Module):
         raise DistillError(f'model.model must be the name of a timm model, dict(type=...) or a module, got {model!r}.')
     if options:
-        raise DistillError(f'{given[0]!r} is an option of timm models; write it in the dict of {type(net).__name__}.')
+        raise DistillError(
+            f'{next(iter(options))!r} is an option of timm models; write it in the dict of {type(net).__name__}.'
+        )
     size = fixed['input_size']
     if size is not None:
         size = (size, size) if isinstance(size, int) else tuple(size)
