@@ -155,7 +155,8 @@ class Operators(TorchDispatchMode):
 
     Attributes:
         total: Operators dispatched, views included.
-        waiting: Those whose result the host waits for.
+        waiting: Those whose result the host waits for. Adam's counters, one per parameter, are among them, though
+            they lie on the CPU beside a GPU too.
     """
 
     def __init__(self) -> None:
