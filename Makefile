@@ -9,10 +9,11 @@ STARTER := $(or $(PYTHON),$(shell for p in python3 python3.12 python3.11 python3
 PY := "$(VENV)/bin/python"
 
 LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check .
-# Two files at once: most tests use one core. The tests of a file share what they trained.
-TWO = -n 2 --dist loadfile
-UNIT = $(PY) -m pytest tests/unit $(TWO) $(PYTEST_ARGS)
-REAL = $(PY) -m pytest tests/integration $(TWO) $(PYTEST_ARGS)
+# Two files at once: most tests use one core. The tests of a file share what they trained. The frameworks warn so much
+# that failures would drown in it.
+TEST = $(PY) -m pytest -n 2 --dist loadfile --tb=short --disable-warnings $(PYTEST_ARGS)
+UNIT = $(TEST) tests/unit
+REAL = $(TEST) tests/integration
 
 .PHONY: help install demo test test-unit test-real lint format clean
 

@@ -1,7 +1,28 @@
 """Fixtures of the real runs."""
 
+import itertools
+
 import pytest
 import torch
+
+
+@pytest.fixture(scope='session', autouse=True)
+def runs_apart():
+    """Give each run of this process a name of its own.
+
+    MMEngine keeps loggers and message hubs by config and second; two runs within a second would share what they log.
+    """
+    try:
+        from mmengine.runner import Runner
+    except ImportError:  # with Ultralytics alone
+        return
+    setup, numbers = Runner.setup_env, itertools.count()
+
+    def setup_env(runner, env_cfg):
+        setup(runner, env_cfg)
+        runner._timestamp += f'_{next(numbers):04}'
+
+    Runner.setup_env = setup_env
 
 
 @pytest.fixture(scope='session')
