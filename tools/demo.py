@@ -9,13 +9,13 @@ from importlib import import_module
 from kd_plugins.comparison.phases import clock
 from kd_plugins.errors import DistillError
 
-#: What is printed, the package, its function, the folder below --work-dir.
+#: What is printed, the package, its part, the folder below --work-dir.
 ZOOS = {
-    'mm': ('MMDetection: YOLOX', 'mm', 'demo', '.'),
-    'seg': ('MMSegmentation: Semantic FPN', 'mm', 'demo_segmentation', 'seg'),
-    'cls': ('timm: DeiT, taught by a ResNet', 'mm', 'demo_classification', 'cls'),
-    'cls-vit': ('timm: ResNet, taught by a vision transformer', 'mm', 'demo_across_architectures', 'cls_vit'),
-    'yolo': ('Ultralytics: YOLO11', 'yolo', 'demo', 'yolo'),
+    'mm': ('MMDetection: YOLOX', 'mm', 'detection', '.'),
+    'seg': ('MMSegmentation: Semantic FPN', 'mm', 'segmentation', 'seg'),
+    'cls': ('timm: DeiT, taught by a ResNet', 'mm', 'classification', 'cls'),
+    'cls-vit': ('timm: ResNet, taught by a vision transformer', 'mm', 'across architectures', 'cls_vit'),
+    'yolo': ('Ultralytics: YOLO11', 'yolo', None, 'yolo'),
 }
 
 if __name__ == '__main__':
@@ -33,13 +33,13 @@ if __name__ == '__main__':
         parser.error(f'--kd needs --zoo {" or --zoo ".join(ZOOS)}: recipes of one are not those of the other')
     began = time.monotonic()
     for zoo in args.zoo:
-        title, package, function, folder = ZOOS[zoo]
+        title, package, part, folder = ZOOS[zoo]
         print(f'\n{title}', flush=True)
-        recipes = dict(recipes=args.kd) if args.kd else {}
+        options = {**({'part': part} if part else {}), **({'recipes': args.kd} if args.kd else {})}
+        folder = os.path.join(args.work_dir, folder)
         try:
-            demo = getattr(import_module(f'kd_plugins.{package}.comparison'), function)
-            folder = os.path.join(args.work_dir, folder)
-            demo(folder, data=args.data, seeds=range(args.seeds), jobs=args.jobs, **recipes)
+            demo = import_module(f'kd_plugins.{package}.comparison').demo
+            demo(folder, data=args.data, seeds=range(args.seeds), jobs=args.jobs, **options)
         except DistillError as error:
             sys.exit(f'error: {error}')
     if len(args.zoo) > 1:
