@@ -34,6 +34,6 @@ def test_the_tool_runs_every_part_once_in_a_folder_of_its_own():
 
 
 def test_unknown_part(tmp_path):
-    with pytest.raises(DistillError, match="no part 'classifikation'; did you mean .*'classification'"):
+    with pytest.raises(DistillError, match=r"no part 'classifikation'; did you mean .*'classification'"):
         demo(tmp_path, part='classifikation', data=tmp_path / 'digits')
     assert not list(tmp_path.iterdir())
