@@ -11,7 +11,6 @@ from mmengine.registry import HOOKS
 from tests.integration.lab import hurry, weights
 
 hurry()
-torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # MMEngine's pytorch launcher calls it whatever the backend is.
     torch.cuda.set_device = lambda device: None

@@ -1,48 +1,33 @@
 """Fixtures of the real runs."""
 
-import itertools
+import importlib.util
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope='session', autouse=True)
-def runs_apart():
-    """Give each run of this process a name of its own.
+def quick_runs_apart():
+    """What holds for all of MMEngine's runs in this process."""
+    if importlib.util.find_spec('mmengine'):  # or there is Ultralytics alone
+        from tests.integration.lab import hurry, keep_apart
 
-    MMEngine keeps loggers and message hubs by config and second; two runs within a second would share what they log.
-    """
-    try:
-        from mmengine.runner import Runner
-    except ImportError:  # with Ultralytics alone
-        return
-    setup, numbers = Runner.setup_env, itertools.count()
-
-    def setup_env(runner, env_cfg):
-        setup(runner, env_cfg)
-        runner._timestamp += f'_{next(numbers):04}'
-
-    Runner.setup_env = setup_env
+        hurry()
+        keep_apart()
 
 
 @pytest.fixture(scope='session')
 def lab(tmp_path_factory):
     """Data, configs and ways to run them (one set for all real runs)."""
-    from tests.integration.lab import Lab, hurry
+    from tests.integration.lab import Lab
 
-    torch.set_num_threads(1)
-    hurry()
     return Lab(tmp_path_factory.mktemp('lab'))
 
 
 @pytest.fixture(scope='session')
 def seg_lab(tmp_path_factory):
     """The same for segmentors."""
-    from tests.integration.lab import hurry
     from tests.integration.seg_lab import SegLab
 
-    torch.set_num_threads(1)
-    hurry()
     return SegLab(tmp_path_factory.mktemp('seg_lab'))
 
 
@@ -50,8 +35,5 @@ def seg_lab(tmp_path_factory):
 def cls_lab(tmp_path_factory):
     """The same for classifiers."""
     from tests.integration.cls_lab import ClsLab
-    from tests.integration.lab import hurry
 
-    torch.set_num_threads(1)
-    hurry()
     return ClsLab(tmp_path_factory.mktemp('cls_lab'))

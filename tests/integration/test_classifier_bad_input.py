@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
 from tests.integration.cls_lab import CLASSES, SIZE, ClsLab
-from tests.integration.lab import Probe, hurry
+from tests.integration.lab import Probe
 
 #: What makes timm's own ResNet-18 the lab's.
 RESNET = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), output_stride=8)
@@ -1187,8 +1187,6 @@ CASES = [
 # ---------------------------------------------------------------------- the runs
 @pytest.fixture(scope='module')
 def odd_lab(tmp_path_factory):
-    torch.set_num_threads(1)
-    hurry()
     return OddLab(tmp_path_factory.mktemp('odd_lab'))
 
 

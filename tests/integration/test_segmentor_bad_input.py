@@ -10,7 +10,6 @@ from mmengine.hooks import Hook
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
 from kd_plugins.mm.configs import resolve_config
-from tests.integration.lab import hurry
 from tests.integration.seg_lab import CLASSES, SegLab
 
 _INPUT = "data_preprocessor=dict(size=None, size_divisor=32), test_cfg=dict(mode='whole')"
@@ -503,10 +502,6 @@ CASES = [
 # ---------------------------------------------------------------------- the runs
 @pytest.fixture(scope='module')
 def odd_lab(tmp_path_factory):
-    import torch
-
-    torch.set_num_threads(1)
-    hurry()
     return OddLab(tmp_path_factory.mktemp('odd_lab'))
 
 
