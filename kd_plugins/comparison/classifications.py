@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ class Classifications(Picture):
         labels = {guess.label for found in self.found.values() for guess in found.values()} | set(self.truth.values())
         # A sign, a space, the name, the probability.
         width = max(PICTURE + GAP, 0.072 * (max(len(_short(self.classes[i])) for i in labels) + 6))
-        columns = int(WIDTH / width)
+        most, fit = max(map(len, self.groups.values())), int(WIDTH / width)
+        columns = math.ceil(most / math.ceil(most / fit))  # lines of the same length
         lines = [
             (heading if i == 0 else None, group[i : i + columns])
             for heading, group in self.groups.items()

@@ -1,5 +1,7 @@
 """Which images are drawn does not favour a model, and a cell says right or wrong by more than its colour."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -80,6 +82,12 @@ def test_what_does_not_fit_is_wrapped_and_cut(drawn):
     assert width < 14 and len(axes.images) == 40
     assert max(len(t.get_text()) for t in axes.texts if t.get_text()[0] == '✓') == len('✓ ') + LONGEST
     assert all(0 <= x <= width and 0 <= y <= height for x, y in (t.get_position() for t in axes.texts))
+
+
+def test_lines_are_of_the_same_length(drawn):
+    axes = drawn(picture(count=20, classes=('cat', 'automobile')))  # 9 of a group's 10 would fit
+    tops = Counter(round(image.get_extent()[3], 3) for image in axes.images)
+    assert list(tops.values()) == [5, 5, 5, 5]
 
 
 def test_picture_is_written_and_small(tmp_path):
