@@ -11,7 +11,7 @@ PY := "$(VENV)/bin/python"
 LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check .
 # Two files at once: most tests use one core. The tests of a file share what they trained. The frameworks warn so much
 # that failures would drown in it.
-TEST = $(PY) -m pytest -n 2 --dist loadfile --tb=short --disable-warnings $(PYTEST_ARGS)
+TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --tb=short --disable-warnings $(PYTEST_ARGS)
 UNIT = $(TEST) tests/unit
 REAL = $(TEST) tests/integration
 
