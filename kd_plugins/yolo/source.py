@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kd_plugins.classifiers.network import image_size
 from kd_plugins.distiller import PixelFormat, Teacher
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.yolo.heads import BRANCHES, family_of, head_of
 from kd_plugins.yolo.teacher import find_teacher, load_teacher
 
-KEYS = ('ultralytics', 'classes', 'branch', 'trusted')
+KEYS = ('ultralytics', 'classes', 'branch', 'trusted', 'input_size')
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,14 +28,17 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise DistillError(f'teacher.trusted must be True or False, got {cfg["trusted"]!r}.')
     if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
         raise DistillError(f'teacher.classes must be a list of names, got {classes!r}.')
+    image_size(cfg.get('input_size'), 'teacher.input_size')
     return {**cfg, 'ultralytics': find_teacher(cfg['ultralytics'])}
 
 
 def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
     """Load a detector or classifier; its head can be tapped as ``bbox_head``, as in the MM family, or ``logits``.
 
+    With ``input_size``, pixels or ``(height, width)``, a classifier sees the batch resized, else as it is.
+
     Raises:
-        DistillError: It cannot be loaded, or is neither.
+        DistillError: It cannot be loaded, is neither, or is a detector with ``input_size``.
     """
     teacher = load_teacher(
         cfg['ultralytics'],
@@ -42,6 +46,7 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         branches=(cfg.get('branch', 'one2many'),),
         feats=False,
         trusted=cfg.get('trusted', False),
+        size=image_size(cfg.get('input_size'), 'teacher.input_size'),
     )
     # A second name for the same module, on this private copy.
     teacher.head = 'bbox_head' if family_of(teacher.model, 'teacher') == 'dense' else 'logits'

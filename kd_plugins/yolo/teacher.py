@@ -17,6 +17,7 @@ from kd_plugins.distiller import (
     ULTRALYTICS,
     PixelFormat,
     Renormalize,
+    Resized,
     Teacher,
     build_source,
     find_source,
@@ -159,19 +160,21 @@ def load_teacher(
     feats: bool = False,
     masks: bool = False,
     trusted: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Teacher:
     """Load a ``.pt`` file and make it as cheap to run as possible.
 
     Args:
         path: Its absolute path.
         student: What the batches look like that it will be given.
-        branches: See `build_teacher`, as the other options.
+        branches: See `build_teacher`, as ``feats``, ``masks`` and ``trusted``.
+        size: ``(height, width)`` of the images that a classifier is given, else as they are.
 
     Returns:
         The teacher; tap its head to get its raw output.
 
     Raises:
-        DistillError: It cannot be loaded or is of an unsupported kind.
+        DistillError: It cannot be loaded, is of an unsupported kind, or a detector with a size.
     """
     model = load_model(path, trusted)
     family = family_of(model, 'teacher')
@@ -180,14 +183,23 @@ def load_teacher(
         _run_raw(head, tuple(branches), feats, masks and has_masks(head))
     with untouched_rng():
         model.fuse(verbose=False)
-    inputs = Renormalize(student, ULTRALYTICS)
+    inputs: Any = Renormalize(student, ULTRALYTICS)
+    shown = "the student's batch as it is" if inputs.same else inputs.description
+    if size is not None:
+        if family == 'dense':
+            raise DistillError(
+                f'teacher.input_size={size} is for classifiers: the positions of a detector must be those of its '
+                'student; leave it out.'
+            )
+        inputs = Resized(inputs, size)
+        shown = inputs.description
     return Teacher(
         model,
         functools.partial(_run_dense, _largest_stride(model)) if family == 'dense' else _run,
         inputs,
         name=f'{os.path.basename(path)} ({type(model).__name__}, {type(head).__name__})',
         checkpoint=path,
-        normalization="the student's batch as it is" if inputs.same else inputs.description,
+        normalization=shown,
         classes=class_names(getattr(model, 'names', None)),
         num_classes=class_count(model),
         head=head_path(model),

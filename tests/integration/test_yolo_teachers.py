@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from kd_plugins.distiller import ULTRALYTICS, build_source, find_source
 from kd_plugins.errors import DistillError
@@ -235,6 +236,27 @@ def test_a_yolo_classifier_for_others(tmp_path):
     assert found.activation == 'softmax'
     torch.testing.assert_close(found.logits, logits)
     torch.testing.assert_close(found.logits.softmax(-1), probabilities)
+
+
+def test_a_yolo_classifier_at_a_resolution_of_its_own(tmp_path):
+    path = save_yolo(tmp_path / 'x.pt', 'yolo11n-cls.yaml', NAMES)
+    teacher, _ = build_source(find_source(dict(ultralytics=path, input_size=96)), ULTRALYTICS)
+    assert teacher.normalization.endswith('resized to 96x96')
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = teacher(image, None, ['logits']).call('logits').output[1]
+    resized = interpolate(image, (96, 96), mode='bilinear', align_corners=False, antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(found, teacher.model(resized)[1])
+        assert (found - teacher.model(image)[1]).abs().max() > 1e-6
+    for given, message in (
+        (dict(ultralytics=path, input_size='large'), "teacher.input_size must be a whole number .*, got 'large'"),
+        (
+            dict(ultralytics=save_yolo(tmp_path / 'y.pt', 'yolo11n.yaml', NAMES), input_size=96),
+            r'input_size=\(96, 96\) is for classifiers',
+        ),
+    ):
+        with pytest.raises(DistillError, match=message):
+            build_source(find_source(given), ULTRALYTICS)
 
 
 # ------------------------------------------------------------------ masks
