@@ -33,12 +33,8 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DistillError: torchvision has no such classifier, a key is misspelt, or the file is missing.
     """
-    import torchvision
-
     name = cfg['torchvision']
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise DistillError(f'teacher.torchvision: torchvision has no classifier {name!r}; {nearest(name, names)}')
+    check_name(name, 'teacher.torchvision')
     found = find_options(cfg, KEYS)
     if not cfg.get('checkpoint'):
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -47,6 +43,19 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cfg.get('options') or {}, Mapping):
         raise DistillError(f'teacher.options must be a dict of options of {name!r}, got {cfg["options"]!r}.')
     return found
+
+
+def check_name(name: Any, where: str) -> None:
+    """Refuse what torchvision has no classifier for.
+
+    Raises:
+        DistillError: The nearest names are given.
+    """
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise DistillError(f'{where}: torchvision has no classifier {name!r}; {nearest(name, names)}')
 
 
 def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:

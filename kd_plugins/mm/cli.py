@@ -102,11 +102,6 @@ def train(argv: Sequence[str] | None = None) -> None:
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
     if str(args.teacher).endswith(WITH_WEIGHTS):
         del given['--teacher-checkpoint']
-        if args.teacher_checkpoint:
-            raise DistillError(
-                f'--teacher-checkpoint belongs to the config of a teacher; {args.teacher!r} (a .pt of Ultralytics or '
-                'an exported classifier) holds its weights.'
-            )
     missing = [option for option, value in given.items() if not value]
     if not missing:
         add_distillation(config, args.kd, args.teacher, args.teacher_checkpoint)
@@ -254,6 +249,11 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
 
 
 def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
+    if teacher.endswith(WITH_WEIGHTS) and checkpoint:
+        raise DistillError(
+            f'--teacher-checkpoint belongs to the config of a teacher; {teacher!r} (a .pt of Ultralytics or an '
+            'exported classifier) holds its weights.'
+        )
     if teacher.endswith(EXPORTED):
         return dict(exported=teacher)
     if teacher.endswith('.pt'):

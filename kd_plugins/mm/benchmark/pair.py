@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from kd_plugins.classifiers import from_torchvision
 from kd_plugins.classifiers.network import create_network
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.mm.benchmark.batches import Batch, find_kind
@@ -147,6 +148,7 @@ def random_teacher(teacher: str, number: int, path: str) -> str | None:
         if zoo == 'timm':
             model = create_network(name, num_classes=number, where='--teacher')
         elif zoo == 'torchvision':
+            from_torchvision.check_name(name, '--teacher')
             model = torchvision.models.get_model(name, num_classes=number)
         else:
             model, _ = build_architecture(dict(config=teacher))

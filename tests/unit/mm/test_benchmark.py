@@ -97,6 +97,25 @@ def test_the_tool_measures_memory_in_processes_of_its_own(pair):
             '--image-size 9 9: this classifier takes images of 8 x 8 pixels; leave the option out',
         ),
         (
+            [*classifiers('digits_deit_student', 'torchvision::resnet19'), '--kd', 'kl'],
+            r"--teacher: torchvision has no classifier 'resnet19'; did you mean .*'resnet18'",
+        ),
+        (
+            [*classifiers('digits_deit_student', 'timm::resnet19'), '--kd', 'kl'],
+            r"--teacher: .*'resnet19'; did you mean .*'resnet18'",
+        ),
+        (
+            [
+                *classifiers('digits_deit_student', 'timm::x')[:3],
+                'x.pt2',
+                '--kd',
+                'kl',
+                '--teacher-checkpoint',
+                'x.pth',
+            ],
+            r"--teacher-checkpoint belongs to the config of a teacher; 'x.pt2'",
+        ),
+        (
             ['--student', 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '--teacher', 'x.py', '--kd', 'kl'],
             'one-stage detectors .* and for kd_plugins.TimmClassifier; MaskRCNN is neither',
         ),
