@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-
-
 #: Files that take a minute or more, begun first, so that all workers end at about the same time.
 LONG = ('test_comparison', 'test_yolo_training', 'test_options', 'test_yolo_matrix', 'test_yolo_cli', 'test_bad_input')
 
