@@ -1,6 +1,7 @@
 """Settings of every test: one thread, no hidden pip call, the lanes' markers."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,14 @@ os.environ.setdefault('YOLO_CONFIG_DIR', tempfile.mkdtemp(prefix='yolo_config_')
 os.environ.setdefault('YOLO_OFFLINE', 'true')
 
 INTEGRATION = Path(__file__).parent / 'integration'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_scope_left_behind():
+    """MMEngine builds in the scope of the last run of the process. Which file ran before is the scheduler's choice."""
+    yield
+    if registry := sys.modules.get('mmengine.registry'):
+        registry.DefaultScope._instance_dict.clear()
 
 
 def pytest_collection_modifyitems(items):
