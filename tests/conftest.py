@@ -1,8 +1,10 @@
 """Settings of every test: one thread, no hidden pip call, the lanes' markers."""
 
 import os
+import random
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,29 @@ os.environ.setdefault('YOLO_OFFLINE', 'true')
 INTEGRATION = Path(__file__).parent / 'integration'
 
 
+def seed_all(name):
+    """Seed what draws random numbers, as far as it has been imported."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    if numpy := sys.modules.get('numpy'):
+        numpy.random.seed(seed)
+    if torch := sys.modules.get('torch'):
+        torch.manual_seed(seed)
+
+
 @pytest.fixture(scope='module', autouse=True)
-def no_scope_left_behind():
-    """MMEngine builds in the scope of the last run of the process. Which file ran before is the scheduler's choice."""
+def files_apart(request):
+    """Which file ran before in a worker is the scheduler's choice: its random numbers and its scope end with it."""
+    seed_all(request.node.nodeid)
     yield
     if registry := sys.modules.get('mmengine.registry'):
         registry.DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time(request):
+    """A test draws the same numbers in every order."""
+    seed_all(request.node.nodeid)
 
 
 def pytest_collection_modifyitems(items):

@@ -49,9 +49,10 @@ def test_none_keeps_every_pixel(mode, channels):
 )
 def test_timm_recipes_give_uint8(options, mode, channels):
     transform = pickle.loads(pickle.dumps(build_transform(dict(input_size=(24, 32), **options), channels)))
-    result = transform(picture(mode=mode))
-    assert result.dtype == torch.uint8 and result.shape == (channels, 24, 32)
-    assert result.max() > 1  # not scaled to [0, 1]
+    results = [transform(picture(mode=mode)) for _ in range(8)]
+    assert all(r.dtype == torch.uint8 and r.shape == (channels, 24, 32) for r in results)
+    # Not scaled to [0, 1]. A single one may be black: AutoAugment moves some pictures out of sight.
+    assert max(r.max() for r in results) > 1
 
 
 def test_a_timm_model_gives_the_defaults():
