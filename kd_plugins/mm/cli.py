@@ -99,6 +99,10 @@ def train(argv: Sequence[str] | None = None) -> None:
     if args.resume:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
+    hooks = config.get('default_hooks') or {}
+    if 'distill' in hooks and hooks['distill'] is None:
+        # What None does to MMEngine's own hooks; of others it asserts that they are none.
+        remove_distillation(config)
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
     if str(args.teacher).endswith(WITH_WEIGHTS):
         del given['--teacher-checkpoint']

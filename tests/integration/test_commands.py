@@ -158,6 +158,20 @@ def test_kd_on_a_distilled_config_is_refused(lab):
         cli.train([lab.dump(config), *kd(lab.teacher(), 'feature')])
 
 
+def test_none_as_the_hook_trains_the_plain_student(lab, runners):
+    """The undistilled run of a distilled config, in both forms, bit for bit; MMEngine alone ends in an assertion."""
+    plain = lab.plain()
+    cli.train([lab.dump(plain), '--seed', '3'])
+    for form in (lab.hook_form, lab.model_form):
+        path = lab.dump(form(plain, lab.teacher()))
+        cli.train([path, '--seed', '3', '--cfg-options', 'default_hooks.distill=None'])
+    first, *others = (runner.model.state_dict() for runner in runners)
+    assert len(others) == 2
+    for other in others:
+        assert first.keys() == other.keys() and all(torch.equal(first[k], other[k]) for k in first)
+    assert not any('kd' in name for runner in runners for name in logged(runner))
+
+
 def test_half_of_the_kd_options_is_refused(lab):
     with pytest.raises(DistillError, match='--teacher-checkpoint is missing'):
         cli.train([lab.dump(lab.plain()), '--kd', 'feature', '--teacher', 'x.py'])
