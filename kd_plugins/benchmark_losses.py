@@ -25,11 +25,11 @@ from kd_plugins.measure import (
     Spread,
     count_operators,
     figures,
+    highest_memory,
     in_new_process,
     interleave,
     machine,
     memory,
-    reset_peak,
     verdict,
 )
 
@@ -196,10 +196,7 @@ def peak_memory(setup: Setup, variant: str, steps: int = 2) -> int | None:
     _step(function, *_maps(small))()
     before = memory(device)
     step = _step(function, *_maps(setup))
-    reset_peak(device)
-    for _ in range(steps):
-        step()
-    peak = memory(device, peak=True)
+    peak = highest_memory(step, steps, device)
     return None if peak is None or before is None else peak - before
 
 

@@ -169,30 +169,36 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def reset_peak(device: torch.device) -> None:
-    """Forget the peak of memory so far (on the CPU this needs Linux; elsewhere nothing happens)."""
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path('/proc/self/clear_refs').write_text('5')
-    except OSError:
-        pass
-
-
-def memory(device: torch.device, peak: bool = False) -> int | None:
-    """Bytes in use now, or their peak since :func:`reset_peak`.
+def memory(device: torch.device) -> int | None:
+    """Bytes in use now.
 
     On CUDA the allocator's figure; on the CPU the resident set of the whole process, None where it cannot be read.
-    Not ``getrusage``: its maximum is inherited from the parent process and cannot be reset.
+    """
+    return torch.cuda.memory_allocated(device) if device.type == 'cuda' else _resident('VmRSS:')
+
+
+def highest_memory(step: Callable[[], object], steps: int, device: torch.device) -> int | None:
+    """Highest number of bytes in use while some steps are made; None where it cannot be read.
+
+    As in :func:`memory`. Not ``getrusage``: its maximum is inherited from the parent process and cannot be reset.
     """
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path('/proc/self/clear_refs').write_text('5')  # the highest mark is now the current one
+        except OSError:
+            return None
+    for _ in range(steps):
+        step()
+    return torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else _resident('VmHWM:')
+
+
+def _resident(key: str) -> int | None:
     try:
         lines = Path('/proc/self/status').read_text().splitlines()
     except OSError:
         return None
-    key = 'VmHWM:' if peak else 'VmRSS:'
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 

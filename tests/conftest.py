@@ -1,7 +1,10 @@
 """Settings of every test: one thread, no hidden pip call, the lanes' markers."""
 
+import atexit
+import importlib.util
 import os
 import random
+import shutil
 import sys
 import tempfile
 import zlib
@@ -10,14 +13,20 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported. One thread: small tensors run faster, and results do not depend on the machine's cores.
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['MPLBACKEND'] = 'Agg'
 # Some frameworks pip-install what they miss. Here that has to fail, in child processes too.
 os.environ['PIP_NO_INDEX'] = '1'
 os.environ['YOLO_AUTOINSTALL'] = 'false'
-# Ultralytics writes its settings and fonts into the home folder otherwise, as soon as it is imported.
-os.environ.setdefault('YOLO_CONFIG_DIR', tempfile.mkdtemp(prefix='yolo_config_'))
-os.environ.setdefault('YOLO_OFFLINE', 'true')
+# Ultralytics writes its settings into the home folder otherwise, as soon as it is imported, and downloads a font that
+# it does not find there. Each worker has a folder of its own.
+os.environ['YOLO_CONFIG_DIR'] = tempfile.mkdtemp(prefix='yolo_config_')
+atexit.register(shutil.rmtree, os.environ['YOLO_CONFIG_DIR'], ignore_errors=True)
+os.environ['YOLO_OFFLINE'] = 'true'
+if plots := importlib.util.find_spec('matplotlib'):
+    font = Path(plots.origin).parent / 'mpl-data' / 'fonts' / 'ttf' / 'DejaVuSans.ttf'
+    (settings := Path(os.environ['YOLO_CONFIG_DIR'], 'Ultralytics')).mkdir()
+    shutil.copy(font, settings / 'Arial.ttf')
 
 INTEGRATION = Path(__file__).parent / 'integration'
 

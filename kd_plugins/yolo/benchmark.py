@@ -33,12 +33,12 @@ from kd_plugins.measure import (
     chosen_sizes,
     count_operators,
     figures,
+    highest_memory,
     in_new_process,
     interleave,
     machine,
     memory,
     random_boxes,
-    reset_peak,
     verdict,
 )
 from kd_plugins.yolo.callback import DistillCallback, check_version, quiet, registered
@@ -336,17 +336,16 @@ def peak_memory(setup: Setup, data: str, folder: str, variant: str, steps: int =
 
     device = torch.device('cpu' if setup.device == 'cpu' else 'cuda')
     before = memory(device)
+    peaks: list[int | None] = []
 
     def run(trainers: Mapping[str, Any]) -> None:
         torch.set_num_threads(setup.threads)
         step = bare_teacher(trainers['distilled']) if variant == 'teacher' else step_of(trainers[variant])
-        reset_peak(device)
-        for _ in range(steps):
-            step()
+        peaks.append(highest_memory(step, steps, device))
 
     with quiet():
         bring_up(setup, data, Path(folder), ['distilled' if variant == 'teacher' else variant], run)
-    peak = memory(device, peak=True)
+    (peak,) = peaks
     return None if peak is None or before is None else peak - before
 
 

@@ -93,14 +93,16 @@ def test_another_python_is_looked_for_unless_one_was_named(install, tmp_path, mo
 
 
 def test_missing_and_unfit_compiler(install, monkeypatch):
+    found = shutil.which(os.environ.get('CXX', 'c++'))
     monkeypatch.setenv('CXX', 'no-such-compiler')
     with pytest.raises(install.Stop, match=r'No C\+\+ compiler \(no-such-compiler\).*apt install g\+\+'):
         install.check_compiler()
     monkeypatch.setenv('CXX', 'false')
     with pytest.raises(install.Stop, match=r'C\+\+17'):
         install.check_compiler()
-    monkeypatch.delenv('CXX')
-    install.check_compiler()
+    if found:
+        monkeypatch.setenv('CXX', found)
+        install.check_compiler()
 
 
 def test_too_little_disk(install, tmp_path, monkeypatch):
@@ -134,9 +136,8 @@ def test_environment_of_another_python_is_not_mixed(install, installer):
 
 
 def test_up_to_date_does_nothing(installer, capsys):
-    start = time.monotonic()
     installer.run()
-    assert time.monotonic() - start < 1 and installer.called == [] and capsys.readouterr().out == ''
+    assert installer.called == [] and capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize(
@@ -192,12 +193,14 @@ def test_second_call_waits_for_the_first(installer, capsys):
         fcntl.flock(first, fcntl.LOCK_EX)
         second = threading.Thread(target=installer.run)
         second.start()
-        second.join(0.5)
-        assert second.is_alive() and installer.called == []
+        shown, deadline = '', time.monotonic() + 20
+        while 'waiting' not in shown and time.monotonic() < deadline:
+            second.join(0.05)
+            shown += capsys.readouterr().out
+        assert 'waiting' in shown and second.is_alive() and installer.called == []
         stamp.write_text(text)  # the first call finishes
-    second.join(10)
+    second.join(20)
     assert not second.is_alive() and installer.called == []
-    assert 'waiting' in capsys.readouterr().out
 
 
 def test_interruption_ends_what_was_started(tmp_path):
@@ -207,7 +210,7 @@ def test_interruption_ends_what_was_started(tmp_path):
         'signal.signal(signal.SIGTERM, signal.default_int_handler)\n'
         f'one = install.Installer(pathlib.Path({str(tmp_path)!r}), False)\n'
         "one.state.mkdir(); one.lock = (one.state / 'lock').open('w')\n"
-        f"one._call('sh', '-c', 'sleep 60 & echo $! > {tmp_path}/pid; wait')\n"
+        f"one._call('sh', '-c', 'sleep 60 & sleep 1; echo $! > {tmp_path}/pid; wait')\n"
     )
     with subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 20

@@ -74,6 +74,8 @@ def test_base_install_changes_no_framework(tmp_path):
         '-e',
         '.',
         PIP_NO_INDEX='1',
+        PIP_USER='0',
+        PIP_CONFIG_FILE=os.devnull,
     )
     assert [item['metadata']['name'] for item in json.loads(report.read_text())['install']] == ['kd-plugins']
 

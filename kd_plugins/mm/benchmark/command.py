@@ -26,11 +26,11 @@ from kd_plugins.measure import (
     chosen_sizes,
     count_operators,
     figures,
+    highest_memory,
     in_new_process,
     interleave,
     machine,
     memory,
-    reset_peak,
     verdict,
 )
 from kd_plugins.mm.benchmark.batches import CLASSIFICATION, DETECTION, find_kind
@@ -158,10 +158,7 @@ def peak_memory(setup: Setup, variant: str, work_dir: str, steps: int = 3) -> in
     device = torch.device(setup.device)
     before = memory(device)
     step = Pair(setup, work_dir, variant).step(variant)
-    reset_peak(device)
-    for _ in range(steps):
-        step()
-    peak = memory(device, peak=True)
+    peak = highest_memory(step, steps, device)
     _close_logs()
     return None if peak is None or before is None else peak - before
 

@@ -104,19 +104,28 @@ def test_a_failure_ends_the_others(tmp_path):
     began = time.monotonic()
     with pytest.raises(DistillError, match='failed'):
         run(slow, phase(tmp_path / 'bad', 'raise SystemExit(1)'), jobs=2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 55, 'it was waited for'
     assert slow.state() == 'started'
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_whoever_ends_it_ends_the_training(tmp_path, number):
-    if number == signal.SIGINT:
-        # A shell starts background jobs with it ignored, and Python then leaves it so.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     slow = phase(tmp_path / 'slow', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)')
-    threading.Timer(3, os.kill, (os.getpid(), number)).start()
-    with pytest.raises(SystemExit) as left:
-        run(slow)
+
+    def end():
+        deadline = time.monotonic() + 50
+        while not (slow.log.exists() and slow.log.read_text().endswith('\n')) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=end).start()
+        with pytest.raises(SystemExit) as left:
+            run(slow)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left.value.code == 130
     with pytest.raises(ProcessLookupError):
         os.kill(int(slow.log.read_text()), 0)
