@@ -1,6 +1,5 @@
 """Settings of every test: one thread, no hidden pip call, the lanes' markers."""
 
-import atexit
 import importlib.util
 import os
 import random
@@ -20,40 +19,63 @@ os.environ['PIP_NO_INDEX'] = '1'
 os.environ['YOLO_AUTOINSTALL'] = 'false'
 # Ultralytics writes its settings into the home folder otherwise, as soon as it is imported, and downloads a font that
 # it does not find there. Each worker has a folder of its own.
-os.environ['YOLO_CONFIG_DIR'] = tempfile.mkdtemp(prefix='yolo_config_')
-atexit.register(shutil.rmtree, os.environ['YOLO_CONFIG_DIR'], ignore_errors=True)
-os.environ['YOLO_OFFLINE'] = 'true'
+HOME = tempfile.mkdtemp(prefix='kd_plugins_tests_')
+os.environ['YOLO_CONFIG_DIR'] = HOME
+os.environ['YOLO_OFFLINE'] = os.environ['YOLO_VERBOSE'] = 'true'
 if plots := importlib.util.find_spec('matplotlib'):
     font = Path(plots.origin).parent / 'mpl-data' / 'fonts' / 'ttf' / 'DejaVuSans.ttf'
-    (settings := Path(os.environ['YOLO_CONFIG_DIR'], 'Ultralytics')).mkdir()
+    (settings := Path(HOME, 'Ultralytics')).mkdir()
     shutil.copy(font, settings / 'Arial.ttf')
+# What was compiled for another processor crashes on this one, and torch does not always notice.
+os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(Path(HOME, 'inductor'))
 
 INTEGRATION = Path(__file__).parent / 'integration'
 
 
-def seed_all(name):
-    """Seed what draws random numbers, as far as it has been imported."""
+def pytest_configure(config):
+    """A GPU is for the tests that need one (``-m gpu``); others compare with what was computed on the CPU."""
+    if 'gpu' not in config.option.markexpr:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
+def pytest_unconfigure():
+    """Remove what was made above; not at exit, which workers do not come by."""
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+def begin(name):
+    """Seed what draws random numbers, as far as it has been imported, and take back Ultralytics' threads.
+
+    Its trainer sets as many as there are cores; other sums than in a child process that uses one are the result.
+    """
     seed = zlib.crc32(name.encode())
     random.seed(seed)
     if numpy := sys.modules.get('numpy'):
         numpy.random.seed(seed)
     if torch := sys.modules.get('torch'):
         torch.manual_seed(seed)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def files_apart(request):
-    """Which file ran before in a worker is the scheduler's choice: its random numbers and its scope end with it."""
-    seed_all(request.node.nodeid)
+    """Which file ran before in a worker is the scheduler's choice: what it drew and what its runs left end with it."""
+    begin(request.node.nodeid)
     yield
-    if registry := sys.modules.get('mmengine.registry'):
-        registry.DefaultScope._instance_dict.clear()
+    if 'mmengine.registry' in sys.modules:
+        from mmengine.logging import MessageHub, MMLogger
+        from mmengine.registry import DefaultScope
+
+        for handler in (h for logger in MMLogger._instance_dict.values() for h in logger.handlers):
+            handler.close()  # each holds a file open
+        for kept in (DefaultScope, MessageHub, MMLogger):
+            kept._instance_dict.clear()
 
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time(request):
     """A test draws the same numbers in every order."""
-    seed_all(request.node.nodeid)
+    begin(request.node.nodeid)
 
 
 def pytest_collection_modifyitems(items):
@@ -65,4 +87,4 @@ def pytest_collection_modifyitems(items):
             import torch
 
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason='no CUDA device'))
+                item.add_marker(pytest.mark.skip(reason='needs -m gpu and a CUDA device'))

@@ -307,7 +307,7 @@ class Lab:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=800,
         )
         if check and done.returncode:
             raise AssertionError(f'{command} ended with {done.returncode}:\n{done.stdout[-4000:]}')

@@ -599,7 +599,7 @@ def test_command_in_a_process_of_its_own(plain_config, files, tmp_path):
         env={**os.environ, 'PYTHONPATH': str(REPO)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
     )
     assert done.returncode == 1
     assert 'Traceback' not in done.stderr

@@ -4,7 +4,6 @@ import copy
 import os
 import random
 import signal
-import socket
 from pathlib import Path
 
 import mmengine.runner.checkpoint as mm
@@ -333,10 +332,7 @@ def ranks(cls_lab):
     )
     teacher = {**cls_lab.teacher(classes=5), 'classes': ('square', 'star', 'moon', 'bar', 'sun')}
     config = cls_lab.model_form(config, teacher, TOKEN_MODEL[1], start=1, stop=2)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}']
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
     done = cls_lab.run(
         *launch, 'tools/train.py', cls_lab.dump(config), '--launcher', 'pytorch', CUDA_VISIBLE_DEVICES=''
     )

@@ -4,7 +4,6 @@ import copy
 import os
 import runpy
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -246,10 +245,7 @@ def ranks(seg_lab):
     )
     terms = dict(features=NORMED, mgd=MGD, logits=LOGITS)
     config = seg_lab.model_form(config, seg_lab.teacher(), terms, start=1, stop=3)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}']
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
     done = seg_lab.run(
         *launch, 'tools/train.py', seg_lab.dump(config), '--launcher', 'pytorch', CUDA_VISIBLE_DEVICES=''
     )

@@ -1,7 +1,6 @@
 """Promise 17: two processes are one process on the joint batch."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -41,10 +40,7 @@ def runs(lab):
     single = config_of(lab, 4, os.path.join(folder, 'single'))
     lab.train(single)
     joint = config_of(lab, 2, os.path.join(folder, 'rank'))
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}']
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
     done = lab.run(*launch, 'tools/train.py', lab.dump(joint), '--launcher', 'pytorch', CUDA_VISIBLE_DEVICES='')
     read = [torch.load(os.path.join(folder, n), weights_only=False) for n in ('single0', 'rank0', 'rank1')]
     return (*read, done.stdout)

@@ -42,7 +42,7 @@ def run(command, *words, cwd, python=None, **environment):
     """A finished process."""
     command = [python or command[0], *command[1:], *words]
     environment = {**os.environ, 'PYTHONPATH': str(REPO), **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=800)
 
 
 # ---------------------------------------------------------------------- yolo-kd

@@ -33,7 +33,7 @@ def launch(tmp_path, data, name, callback):
     environment = {**os.environ, 'KD_REPORT': str(report), 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}
     size = Path(file).with_suffix('.pt').stat().st_size
     try:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800)
     finally:
         ddp_cleanup(trainer, file)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -111,7 +111,8 @@ def test_student_comes_closer_to_the_teacher(distilled, data, tmp_path):
     model, _ = distilled(file=file, cls=small, box=small)
     plain = results(train(model, data, tmp_path, 'plain', **options))
     assert found[KD[0]][-1] < 0.95 * found[KD[0]][0]
-    assert all(found[column][-1] < 0.9 * plain[column][-1] / small for column in KD)
+    # How near the boxes are after an epoch of two steps varies a lot between processors, therefore over several.
+    assert all(sum(found[column][5:]) < 0.95 * sum(plain[column][5:]) / small for column in KD)
 
 
 @pytest.mark.parametrize('cfg', ['yolo11n.yaml', 'yolo26n.yaml'])
@@ -356,6 +357,7 @@ def test_several_data_sets(distilled, data, tmp_path):
         imgsz=64,
         epochs=1,
         batch=4,
+        workers=0,
         device='cpu',
         amp=False,
         plots=False,

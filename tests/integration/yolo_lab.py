@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 # Before ultralytics is imported: its settings and fonts go to a throw-away folder, and it asks nobody for updates.
-_CONFIG = os.environ.setdefault('YOLO_CONFIG_DIR', tempfile.mkdtemp(prefix='yolo_config_'))
+if 'YOLO_CONFIG_DIR' not in os.environ:
+    os.environ['YOLO_CONFIG_DIR'] = tempfile.mkdtemp(prefix='yolo_config_')
 os.environ.setdefault('YOLO_OFFLINE', 'true')
 os.environ.setdefault('YOLO_VERBOSE', 'true')
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
 #: Classes of the synthetic pictures, by the colour of their rectangles.
 COLOURS = {'red': (220, 40, 40), 'green': (40, 200, 60), 'blue': (50, 70, 230)}

@@ -132,7 +132,6 @@ def test_it_follows_the_device(files, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_it_follows_to_the_gpu(files):
     net, paths = files
     images = torch.rand(3, 3, 32, 32)
