@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,6 +21,7 @@ from kd_plugins.comparison.history import History
 
 T = TypeVar('T')
 COLORS = ('#1f6fb4', '#d9541e', '#2f9e44', '#8e44ad', '#b8860b', '#16a0a0')  # plain first, then the distilled ones
+LINES = ('-', ':', '-.')  # the next kind when there are more arms than colours; dashed is the teacher
 TEACHER = '#6b7280'
 RIGHT, WRONG, MISSED = '#22c55e', '#ff3b30', '#ffd60a'
 OUTLINE = [Stroke(linewidth=2.6, foreground='black'), Normal()]  # so that every colour shows on every background
@@ -68,9 +70,11 @@ def draw_curves(
     """
     figure = Figure(figsize=(10, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for color, (arm, runs) in zip(COLORS, arms.items(), strict=False):
+    looks = cycle(product(LINES, COLORS))
+    for (arm, runs), (line, color) in zip(arms.items(), looks, strict=False):
         for i, history in enumerate(runs):
-            style = dict(color=color, linewidth=1.8 if len(runs) == 1 else 1.2, alpha=1 if len(runs) == 1 else 0.75)
+            width, alpha = (1.8, 1) if len(runs) == 1 else (1.2, 0.75)
+            style = dict(color=color, linestyle=line, linewidth=width, alpha=alpha)
             label = arm if i == 0 else None
             x, total = task_loss(history)
             left.plot(x, _smooth(total), label=label, **style)

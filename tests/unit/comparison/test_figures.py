@@ -72,6 +72,17 @@ def test_axes_say_what_they_count(tmp_path, monkeypatch):
     assert right.lines[0].get_xydata().tolist() == [[2, 20]]
 
 
+def test_every_arm_is_drawn_and_looks_like_no_other(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(figures, 'save', lambda figure, path: saved.append(figure))
+    history = History(train={1: dict(loss=1.0)}, val={2: dict(mIoU=0.2)})
+    draw_curves(tmp_path / 'c.png', {f'arm {i}': [history] for i in range(15)}, 0.4, 'mIoU')
+    for axes, more in zip(saved[0].axes, ([], ['teacher']), strict=True):
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == [*(f'arm {i}' for i in range(15)), *more]
+        assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(labels)
+
+
 def test_pictures_are_written_and_small(tmp_path):
     history = History(
         train={i: dict(loss=10 / i, epoch=1 + i // 50, time=0.1) for i in range(1, 100)},
