@@ -6,7 +6,7 @@ from importlib import import_module
 
 from kd_plugins.errors import DistillError
 
-ZOOS = {'mm': 'kd_plugins.mm.benchmark', 'yolo': 'kd_plugins.yolo.benchmark'}
+ZOOS = {'mm': 'kd_plugins.lab.benchmark.mm', 'yolo': 'kd_plugins.lab.benchmark.yolo'}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False)
@@ -15,7 +15,7 @@ if __name__ == '__main__':
     chosen, rest = parser.parse_known_args()
     module = ZOOS[chosen.zoo]
     if chosen.loss is not None:
-        module, rest = 'kd_plugins.benchmark_losses', [*rest, '--loss', *chosen.loss]
+        module, rest = 'kd_plugins.lab.benchmark.losses', [*rest, '--loss', *chosen.loss]
     try:
         import_module(module).main(rest)
     except DistillError as error:

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from kd_plugins.data.coco_to_yolo import coco_to_yolo
 from kd_plugins.errors import DistillError
+from kd_plugins.lab.data.coco_to_yolo import coco_to_yolo
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from kd_plugins.errors import DistillError
 
-ZOOS = {'mm': 'kd_plugins.mm.comparison', 'yolo': 'kd_plugins.yolo.comparison'}
+ZOOS = {'mm': 'kd_plugins.lab.comparison.mm', 'yolo': 'kd_plugins.lab.comparison.yolo'}
 #: Options whose names are the framework's: configs of MMEngine's Runner, Ultralytics' models and data.
 OWN = {
     'mm': (

@@ -6,8 +6,8 @@ import sys
 import time
 from importlib import import_module
 
-from kd_plugins.comparison.phases import clock
 from kd_plugins.errors import DistillError
+from kd_plugins.lab.comparison.phases import clock
 
 #: What is printed, the package, its part, the folder below --work-dir.
 ZOOS = {

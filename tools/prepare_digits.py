@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from kd_plugins.data import prepare_digits
 from kd_plugins.errors import DistillError
+from kd_plugins.lab.data import prepare_digits
 
 
 def main() -> None:

@@ -12,9 +12,7 @@ ResNets always have four stages behind a stem that halves the image twice. Child
 """
 
 default_scope = 'mmengine'
-custom_imports = dict(
-    imports=['kd_plugins.mm', 'kd_plugins.mm.classification.cifar_resnet'], allow_failed_imports=False
-)
+custom_imports = dict(imports=['kd_plugins.mm', 'kd_plugins.classification.cifar_resnet'], allow_failed_imports=False)
 data_root = '{{$CIFAR100_ROOT:data/cifar100}}'
 
 model = dict(

@@ -4,7 +4,7 @@
 _base_ = './resnet8x4_cifar100.py'
 pixels = dict(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 teacher = dict(
-    module='kd_plugins.mm.classification.cifar_resnet:CifarResNet',
+    module='kd_plugins.classification.cifar_resnet:CifarResNet',
     options=dict(depth=32, num_classes=100),
     checkpoint='checkpoints/resnet32x4_cifar100.pth',
 )

@@ -14,9 +14,9 @@ from kd_plugins.adapters import auto_adapter, describe_adapter
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.calling import Classes, call_loss, full
 from kd_plugins.distiller.matching import FORMS, Batch, Matching, describe, shapes
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Capture, find_module
-from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.predictions import ClassPredictions, DensePredictions, align_classes, find_reader, readable
@@ -363,7 +363,7 @@ class Distiller:
 
     def _run_teacher(self, inputs: Any, samples: Any, terms: Sequence[Term]) -> Capture:
         self.teacher.to(_like(inputs, self.student))
-        return self.teacher(inputs, samples, [t.teacher.module for t in terms])
+        return self.teacher.outputs(inputs, samples, [t.teacher.module for t in terms])
 
     def _needs_labels(self, term: Term) -> bool:
         # Images of a class that the teacher does not know are left out.

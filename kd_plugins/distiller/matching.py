@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kd_plugins.adapters import as_map, attention_map
 from kd_plugins.distiller.calling import Classes, Predictions
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.taps import Call, Capture, find_module
-from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.distiller.terms import Term
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import (

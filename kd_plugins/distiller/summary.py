@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd_plugins.distiller.teacher import Teacher
+from kd_plugins.distiller.protocol import Teacher
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def summary(
         (
             'teacher',
             f'{teacher.name}, {count(teacher.parameters_count)} parameters, {str(teacher.dtype).split(".")[-1]}, '
-            'frozen, evaluation mode',
+            f'{teacher.mode}',
         ),
         ('weights', teacher.checkpoint),
         ('input', teacher.normalization),

@@ -1,9 +1,9 @@
 """Distillation inside MMEngine's Runner: importing this registers everything under the scope ``kd_plugins``."""
 
+from kd_plugins.classification import datasets, metrics  # noqa: F401  (register them)
+from kd_plugins.classification.classifier import TimmClassifier
+from kd_plugins.classification.preprocessor import ClassifierPreprocessor
 from kd_plugins.mm import heads, segmentation_heads  # noqa: F401  (register the head readers)
-from kd_plugins.mm.classification import datasets, metrics  # noqa: F401  (register them)
-from kd_plugins.mm.classification.classifier import TimmClassifier
-from kd_plugins.mm.classification.preprocessor import ClassifierPreprocessor
 from kd_plugins.mm.distilled import distilled
 from kd_plugins.mm.hook import DistillHook
 

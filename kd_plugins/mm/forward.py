@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from kd_plugins.classifiers.stages import stages
 from kd_plugins.distiller import Tap, find_module
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassLogits
+from kd_plugins.teachers.stages import stages
 
 _BODY = ('backbone', 'neck')
 #: Shown to whoever wants to distil into a distillation token that is not there.

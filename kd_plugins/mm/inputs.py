@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins.distiller import PixelFormat, Renormalize
+from kd_plugins.teachers import PixelFormat, Renormalize
 
 
 class TeacherInputs(Renormalize):

@@ -10,21 +10,14 @@ from mmengine.registry import MODELS
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
-from kd_plugins.distiller import (
-    AdapterBank,
-    CannotRunError,
-    Distiller,
-    Tap,
-    Teacher,
-    build_terms,
-    find_module,
-    untouched_rng,
-)
+from kd_plugins.classification.sample import class_labels
+from kd_plugins.distiller import AdapterBank, CannotRunError, Distiller, Tap, build_terms, find_module, untouched_rng
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.summary import Row
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.forward import run_modules, settle
 from kd_plugins.mm.inputs import normalize, pixel_format
-from kd_plugins.mm.targets import class_labels, labels
+from kd_plugins.mm.targets import labels
 from kd_plugins.mm.teacher import build_untrained, is_classifier, num_classes
 from kd_plugins.predictions import ClassPredictions, readable
 

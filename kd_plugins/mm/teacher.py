@@ -13,24 +13,24 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
-from kd_plugins.distiller import (
-    PixelFormat,
-    Resized,
-    Teacher,
-    build_source,
-    find_module,
-    find_source,
-    find_weights,
-    load_checkpoint,
-    load_strictly,
-    teacher_kind,
-    untouched_rng,
-)
+from kd_plugins.distiller import find_module, untouched_rng
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules
 from kd_plugins.mm.inputs import TeacherInputs, pixel_format
 from kd_plugins.predictions import ClassLogits, ClassPredictions, readable
+from kd_plugins.teachers import (
+    FrozenTeacher,
+    PixelFormat,
+    Resized,
+    build_source,
+    find_source,
+    find_weights,
+    load_checkpoint,
+    load_strictly,
+    teacher_kind,
+)
 
 TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
 #: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
@@ -104,7 +104,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
     inputs = teacher_inputs(cfg, known, model, own_size(student))
-    teacher = Teacher(
+    teacher = FrozenTeacher(
         model,
         run_modules,
         inputs,
@@ -125,7 +125,7 @@ def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
         return build_teacher(cfg, student)[0]
     model, _ = build_architecture(cfg)
     inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model, own_size(student))
-    return Teacher(model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model))
+    return FrozenTeacher(model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model))
 
 
 def teacher_inputs(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Teacher, find_module, untouched_rng
+from kd_plugins.distiller import Capture, find_module, untouched_rng
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.schedules import Constant, Schedule, build_schedule
 from kd_plugins.distiller.summary import Row
 from kd_plugins.distiller.taps import Call
@@ -144,7 +145,7 @@ class YOLODistiller:
     def run_teacher(self, image: Tensor) -> Call:
         """What the teacher's head returns for a batch ``(B, C, H, W)`` of the student."""
         image = follow(self.teacher, image, self.student)
-        return self.teacher(image, None, [self.teacher_tap]).call(self.teacher_tap)
+        return self.teacher.outputs(image, None, [self.teacher_tap]).call(self.teacher_tap)
 
     def _branches(self, preds: Any) -> list[tuple[str, float]]:
         """Branches that learn, and the factor the criterion gives them in this epoch."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kd_plugins.classifiers.network import image_size
-from kd_plugins.distiller import PixelFormat, Teacher
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers.network import image_size
 from kd_plugins.yolo.heads import BRANCHES, family_of, head_of
 from kd_plugins.yolo.teacher import find_teacher, load_teacher
 

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from kd_plugins.distiller import (
+from kd_plugins.distiller import untouched_rng
+from kd_plugins.distiller.protocol import Teacher
+from kd_plugins.errors import DistillError, nearest
+from kd_plugins.teachers import (
     ULTRALYTICS,
+    FrozenTeacher,
     PixelFormat,
     Renormalize,
     Resized,
-    Teacher,
     build_source,
     find_source,
     teacher_kind,
-    untouched_rng,
 )
-from kd_plugins.errors import DistillError, nearest
 from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, family_of, head_of, strides_of
 
 GREY = ULTRALYTICS.pad
@@ -193,7 +194,7 @@ def load_teacher(
             )
         inputs = Resized(inputs, size)
         shown = inputs.description
-    return Teacher(
+    return FrozenTeacher(
         model,
         functools.partial(_run_dense, _largest_stride(model)) if family == 'dense' else _run,
         inputs,

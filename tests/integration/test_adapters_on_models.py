@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from kd_plugins.adapters import as_map, attention_map
-from kd_plugins.distiller import Capture, Distiller, Tap, Teacher, build_terms
+from kd_plugins.distiller import Capture, Distiller, Tap, build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassLogits
+from kd_plugins.teachers import FrozenTeacher
 
 TINY = dict(depth=2, embed_dim=32, num_heads=2)
 TINY_SWIN = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -219,7 +220,7 @@ def learn(student, teacher, size, /, **term):
     """Check a term as the start of a run does, and let it make gradients; returns its row and its value."""
     torch.manual_seed(0)
     student, teacher = student.train(), teacher.eval()
-    held = Teacher(teacher, run, lambda inputs, samples: inputs, name='net')
+    held = FrozenTeacher(teacher, run, lambda inputs, samples: inputs, name='net')
     distiller = Distiller(student, held, build_terms(dict(term=term)))
     inputs = torch.randn(2, 3, *size)
     (row,) = distiller.dry_run(inputs, None, run)

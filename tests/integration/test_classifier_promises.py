@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import nn
 
-from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
+from kd_plugins.teachers.frozen import FrozenTeacher
 from tests.integration import child_hooks  # noqa: F401  (registers KillAt and Dump)
 from tests.integration.cls_lab import CLASSES, FEATURES, LOGITS, SIZE, TOKEN
 from tests.integration.lab import Probe, difference, distill_hook, ema, weights
@@ -125,8 +125,8 @@ def test_a_teacher_at_work_moves_no_generator(cls_lab, family, form, terms):
 def taught(monkeypatch):
     """Counts the teacher's runs."""
     calls = []
-    inner = Teacher.__call__
-    monkeypatch.setattr(Teacher, '__call__', lambda self, *args: calls.append(1) or inner(self, *args))
+    inner = FrozenTeacher.outputs
+    monkeypatch.setattr(FrozenTeacher, 'outputs', lambda self, *args: calls.append(1) or inner(self, *args))
     return calls
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from kd_plugins.distiller import find_weights, load_checkpoint
+from kd_plugins.classification.sample import ClassSample
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import TimmClassifier
-from kd_plugins.mm.classification.sample import ClassSample
+from kd_plugins.teachers import find_weights, load_checkpoint
 from tests.integration.cls_lab import CLASSES, FEATURES, LOGITS, SIZE, TOKEN
 from tests.integration.lab import Probe, difference, distill_hook, ema, weights
 

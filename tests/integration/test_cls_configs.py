@@ -11,10 +11,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image
 
-from kd_plugins.distiller import find_weights, load_checkpoint
+from kd_plugins.classification.cifar_resnet import CifarResNet
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
-from kd_plugins.mm.classification.cifar_resnet import CifarResNet
+from kd_plugins.teachers import find_weights, load_checkpoint
 from tests.integration.synthetic import Watch, build, short_run, train, write_coco
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -124,7 +124,7 @@ def test_recipe_is_short_and_names_official_files(path):
     folder, name = teacher.checkpoint.split('/')
     assert folder == 'checkpoints'
     if 'timm' in teacher:
-        address = re.search(r'^# Teacher: (https://\S+)$', text, flags=re.MULTILINE).group(1)
+        address = re.search(r'^# FrozenTeacher: (https://\S+)$', text, flags=re.MULTILINE).group(1)
         pretrained = timm.get_pretrained_cfg(teacher.timm, allow_unregistered=False)
         assert address == pretrained.url and address.endswith(f'/{name}')
         assert pretrained.input_size == (3, 224, 224)  # the students' resolution

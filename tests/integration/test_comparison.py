@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kd_plugins.data import prepare_digits
-from kd_plugins.mm.comparison.logs import find_metric, read_history
+from kd_plugins.lab.comparison.mm.logs import find_metric, read_history
+from kd_plugins.lab.data import prepare_digits
 
 ROOT = Path(__file__).parents[2]
 

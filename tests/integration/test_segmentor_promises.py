@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
-from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
+from kd_plugins.teachers.frozen import FrozenTeacher
 from tests.integration import child_hooks  # noqa: F401  (registers KillAt and Dump)
 from tests.integration.lab import Probe, difference, distill_hook, ema, weights
 from tests.integration.promises import (
@@ -82,8 +82,8 @@ def test_weight_zero_equals_the_plain_run(seg_lab, family, form, options):
 def taught(monkeypatch):
     """Counts the teacher's runs."""
     calls = []
-    inner = Teacher.__call__
-    monkeypatch.setattr(Teacher, '__call__', lambda self, *args: calls.append(1) or inner(self, *args))
+    inner = FrozenTeacher.outputs
+    monkeypatch.setattr(FrozenTeacher, 'outputs', lambda self, *args: calls.append(1) or inner(self, *args))
     return calls
 
 

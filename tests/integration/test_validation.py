@@ -9,8 +9,8 @@ import mmdet
 import pytest
 import torch
 
-from kd_plugins.distiller.teacher import Teacher
 from kd_plugins.mm import cli
+from kd_plugins.teachers.frozen import FrozenTeacher
 from tests.integration.lab import Config, Probe, distill_hook
 
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim' / 'tools'
@@ -19,13 +19,13 @@ MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 @pytest.mark.parametrize('form', ['hook_form', 'model_form'])
 def test_the_teacher_does_not_run_in_validation(lab, form, monkeypatch):
     calls, taps, validated = [], [], []
-    inner = Teacher.__call__
+    inner = FrozenTeacher.outputs
 
     def counted(self, *args):
         calls.append(args)
         return inner(self, *args)
 
-    monkeypatch.setattr(Teacher, '__call__', counted)
+    monkeypatch.setattr(FrozenTeacher, 'outputs', counted)
 
     class Watch(Probe):
         def before_val_epoch(self, runner):

@@ -10,9 +10,9 @@ from PIL import Image
 
 pytest.importorskip('ultralytics')
 
-from kd_plugins.data import prepare_digits
-from kd_plugins.yolo.comparison.demo import write_student
-from kd_plugins.yolo.comparison.logs import read_history
+from kd_plugins.lab.comparison.yolo.demo import write_student
+from kd_plugins.lab.comparison.yolo.logs import read_history
+from kd_plugins.lab.data import prepare_digits
 from tests.integration import yolo_lab  # noqa: F401  # throw-away settings for the processes that are started
 
 ROOT = Path(__file__).parents[2]

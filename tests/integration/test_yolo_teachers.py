@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from kd_plugins.distiller import ULTRALYTICS, build_source, find_source
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassPredictions, read
+from kd_plugins.teachers import ULTRALYTICS, build_source, find_source
 from kd_plugins.yolo import DistillCallback
 from tests.integration.yolo_lab import new_model, results, train, write_data
 from tests.integration.yolo_lab import save_teacher as save_yolo
@@ -187,7 +187,7 @@ def test_timm_sees_its_own_normalisation_and_resolution(timm_teacher, size):
     from timm.data import resolve_data_config
 
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    logits = teacher(image, None, [teacher.head]).call(teacher.head).output
+    logits = teacher.outputs(image, None, [teacher.head]).call(teacher.head).output
     resized = image
     if size != 64:
         mode = resolve_data_config({}, model=teacher.model.net)['interpolation']
@@ -229,7 +229,7 @@ def test_a_yolo_classifier_for_others(tmp_path):
     teacher, _ = build_source(find_source(dict(ultralytics=path)), ULTRALYTICS)
     assert teacher.head == 'logits' and teacher.num_classes == 3 and teacher.classes == NAMES
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    call = teacher(image, None, ['logits']).call('logits')
+    call = teacher.outputs(image, None, ['logits']).call('logits')
     found = read(teacher.model.logits, call.output, training=call.training, form=ClassPredictions)
     with torch.no_grad():
         probabilities, logits = teacher.model(image)
@@ -243,7 +243,7 @@ def test_a_yolo_classifier_at_a_resolution_of_its_own(tmp_path):
     teacher, _ = build_source(find_source(dict(ultralytics=path, input_size=96)), ULTRALYTICS)
     assert teacher.normalization.endswith('resized to 96x96')
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    found = teacher(image, None, ['logits']).call('logits').output[1]
+    found = teacher.outputs(image, None, ['logits']).call('logits').output[1]
     resized = interpolate(image, (96, 96), mode='bilinear', align_corners=False, antialias=True)
     with torch.no_grad():
         torch.testing.assert_close(found, teacher.model(resized)[1])
@@ -325,9 +325,9 @@ def test_frameworks_do_not_import_each_other():
     for module, others in (
         (
             'kd_plugins.yolo',
-            ('kd_plugins.mm', 'kd_plugins.classifiers.from_timm', 'mmengine', 'mmdet', 'timm', 'ultralytics'),
+            ('kd_plugins.mm', 'kd_plugins.teachers.from_timm', 'mmengine', 'mmdet', 'timm', 'ultralytics'),
         ),
-        ('kd_plugins.mm', ('kd_plugins.yolo', 'kd_plugins.classifiers.from_timm', 'ultralytics', 'timm')),
+        ('kd_plugins.mm', ('kd_plugins.yolo', 'kd_plugins.teachers.from_timm', 'ultralytics', 'timm')),
     ):
         code = f'import sys, {module}\nfound = set({others!r}) & set(sys.modules)\nassert not found, found'
         subprocess.run([sys.executable, '-c', code], check=True)

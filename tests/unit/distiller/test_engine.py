@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Distiller, Teacher, build_terms
+from kd_plugins.distiller import Distiller, build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import attention_transfer, feature_mse, kl_div
 from kd_plugins.predictions import ClassLogits
+from kd_plugins.teachers import FrozenTeacher
 
 
 class Net(nn.Module):
@@ -34,7 +35,7 @@ def run(model, inputs, samples, modules):
 
 def distiller_of(student, teacher, /, **term):
     term = {'loss': dict(type='FeatureMSELoss'), 'student': 'body', 'teacher': 'body', **term}
-    held = Teacher(teacher, run, lambda inputs, samples: inputs, name='net')
+    held = FrozenTeacher(teacher, run, lambda inputs, samples: inputs, name='net')
     return Distiller(student, held, build_terms(dict(term=term)))
 
 

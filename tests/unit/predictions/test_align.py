@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_plugins.errors import DistillError
-from kd_plugins.measure import Operators
+from kd_plugins.lab.benchmark.measure import Operators
 from kd_plugins.predictions import DensePredictions, align, match_classes
 
 LEVELS = {8.0: (4, 6), 16.0: (2, 3), 32.0: (1, 2), 64.0: (1, 1)}

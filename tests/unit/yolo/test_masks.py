@@ -61,7 +61,7 @@ def loss(masks):
 def test_teacher_returns_what_the_model_in_the_file_does(teacher_file, cfg):
     path = teacher_file(cfg)
     teacher = build_teacher(path, branches=('one2many', 'one2one'), masks=True)
-    found = teacher(image(), None, [teacher.head]).call(teacher.head).output
+    found = teacher.outputs(image(), None, [teacher.head]).call(teacher.head).output
     model = load_model(path)
     head_of(model).training = True
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_padding_for_a_deeper_pyramid_is_cut_off_the_prototypes(teacher_file):
     found = select_branch(call.output)
     padded = torch.full((2, 3, 128, 192), 114 / 255)
     padded[:, :, :96, :160] = image(size=(96, 160))
-    whole = select_branch(teacher(padded, None, [teacher.head]).call(teacher.head).output)
+    whole = select_branch(teacher.outputs(padded, None, [teacher.head]).call(teacher.head).output)
     torch.testing.assert_close(found['proto'], whole['proto'][..., :24, :40])
     # Stride 8: 12 of 16 rows and 20 of 24 columns.
     level = whole['mask_coefficient'][..., : 16 * 24].unflatten(2, (16, 24))[..., :12, :20]

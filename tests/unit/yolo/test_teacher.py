@@ -22,7 +22,7 @@ def image():
 
 def output(teacher, image):
     path = head_path(teacher.model)
-    return teacher(image, None, [path]).call(path).output
+    return teacher.outputs(image, None, [path]).call(path).output
 
 
 def reference(path, image):

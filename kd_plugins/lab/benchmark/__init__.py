@@ -1,0 +1,1 @@
+"""What distillation costs: per training step in both zoos, and per loss."""

@@ -1,0 +1,236 @@
+"""Teacher, plain student and distilled students over the same seeds: what every framework's comparison does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from kd_plugins.errors import DistillError
+from kd_plugins.lab.comparison.figures import Picture
+from kd_plugins.lab.comparison.history import History
+from kd_plugins.lab.comparison.phases import Display, Phase, clock, run_phases
+from kd_plugins.lab.comparison.report import write_report
+from kd_plugins.lab.comparison.table import Arm, Metrics, Result, text
+
+TEACHER, PLAIN = 'teacher', 'plain'
+TEACHER_SEED = 0
+#: Which model: its arm (or `TEACHER`) and its seed.
+Key = tuple[str, int]
+
+
+class Experiment(ABC):
+    """What is compared in a framework, and how it is trained and measured there.
+
+    Attributes:
+        work_dir: Everything is written below it. A second call with the same settings repeats nothing.
+        seeds: Seeds of the students.
+        jobs: Trainings that run at once.
+        cores: CPU cores of this process.
+        title: Headline of the report.
+        metrics: What the models are compared by.
+        unit: What a training is counted in: ``'epoch'`` or ``'iteration'``.
+        step: What the seconds in the table are for, see `kd_plugins.lab.comparison.table.header`.
+        note: How the columns of the table were measured.
+        together: What the seconds hold when several trainings run at once.
+        plain_first: Whether plain students are trained beside the teacher, or beside the distilled ones.
+    """
+
+    work_dir: Path
+    seeds: Sequence[int]
+    jobs: int | None
+    title: str
+    metrics: Metrics
+    unit: str
+    step: ClassVar[str]
+    note: str
+    together: ClassVar[str]
+    plain_first: ClassVar[bool]
+
+    def prepare(self) -> None:
+        """Check what all comparisons have in common; called by the constructors.
+
+        Raises:
+            DistillError: No seeds, or fewer than one training at once.
+        """
+        if not self.seeds:
+            raise DistillError('--seeds must be at least 1.')
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        if self.jobs is None:
+            # So that plain and distilled students run side by side, under the same conditions.
+            self.jobs = 1 if torch.cuda.is_available() else min(2, self.cores)
+        if self.jobs < 1:
+            raise DistillError(f'--jobs must be at least 1, got {self.jobs}.')
+        self._hashes: dict[Path, str] = {}
+
+    # ------------------------------------------------------------------ what a framework says
+    @property
+    @abstractmethod
+    def distilled(self) -> Sequence[str]:
+        """Names of the distilled arms."""
+
+    @property
+    @abstractmethod
+    def trains_teacher(self) -> bool:
+        """Whether the teacher has no weights yet."""
+
+    @abstractmethod
+    def train_teacher(self) -> Phase:
+        """The teacher's training."""
+
+    @abstractmethod
+    def train_student(self, arm: str, seed: int) -> Phase:
+        """A student's training; the teacher's weights are there if ``arm`` is a distilled one."""
+
+    @abstractmethod
+    def teacher_weights(self) -> Path:
+        """The teacher's checkpoint, given or trained."""
+
+    @abstractmethod
+    def last_checkpoint(self, folder: Path) -> Path:
+        """The last checkpoint of a training; `DistillError` when there is none."""
+
+    @abstractmethod
+    def test(self, title: str, folder: Path, checkpoint: Path) -> Phase:
+        """The evaluation of a checkpoint, which also leaves what the picture shows."""
+
+    @abstractmethod
+    def history(self, folder: Path) -> History:
+        """What the training in a folder logged."""
+
+    @abstractmethod
+    def measured(self, test: Phase) -> tuple[float, ...]:
+        """What an evaluation found: values in [0, 1], one for each of `metrics`."""
+
+    @abstractmethod
+    def parameters(self, arm: str, test: Phase) -> int:
+        """Number of parameters of an arm's model."""
+
+    @abstractmethod
+    def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
+        """What the models found in some images, by row; None: no picture."""
+
+    @abstractmethod
+    def metric(self, histories: Iterable[History]) -> str:
+        """Key of the first of `metrics` in the validation lines."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, str]:
+        """What a reader needs to judge or repeat the figures, besides seeds and machine."""
+
+    def label(self, arm: str) -> str:
+        """What the table calls an arm."""
+        return arm if arm in (TEACHER, PLAIN) else f'distilled: {arm}'
+
+    # ------------------------------------------------------------------ for the frameworks
+    @property
+    def threads(self) -> int:
+        """Threads of a training that runs beside others."""
+        return max(1, self.cores // self.jobs)
+
+    def hash_of(self, path: Path) -> str:
+        """SHA-256 of a file, computed once."""
+        if path not in self._hashes:
+            self._hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._hashes[path]
+
+
+def compare(experiment: Experiment, display: Display | None = None) -> dict[str, Any]:
+    """Run what is missing of a comparison, print its table and write its report.
+
+    Args:
+        experiment: What to compare.
+        display: Where progress goes; default standard output.
+
+    Returns:
+        What ``results.json`` holds: the rows' figures per seed, and the seconds that this call took.
+
+    Raises:
+        DistillError: Something cannot run; the message says what, with the end of the log.
+    """
+    began = time.monotonic()
+    display = display or Display()
+    work_dir, seeds, jobs = experiment.work_dir, experiment.seeds, experiment.jobs
+    trainings = _train(experiment, display)
+    weights: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.teacher_weights()}
+    weights |= {key: experiment.last_checkpoint(phase.folder) for key, phase in trainings.items()}
+    folders: dict[Key, Path] = {(TEACHER, TEACHER_SEED): work_dir / TEACHER}
+    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
+    tests = {
+        key: experiment.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
+        for key, path in weights.items()
+    }
+    run_phases(list(tests.values()), display, jobs)
+    histories = {key: experiment.history(folder / 'train') for key, folder in folders.items()}
+
+    def arm(name: str, keys: Sequence[Key]) -> Arm:
+        results = []
+        for key in keys:
+            accuracy = experiment.measured(tests[key])
+            seconds, size = histories[key].seconds_per_iteration(), weights[key].stat().st_size
+            results.append(Result(seed=key[1], accuracy=accuracy, seconds=seconds, size=size))
+        return Arm(experiment.label(name), experiment.parameters(name, tests[keys[0]]), results)
+
+    names = [PLAIN, *experiment.distilled]
+    teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
+    plain, *distilled = students = [arm(name, [(name, seed) for seed in seeds]) for name in names]
+    display.say('\n' + text(teacher, plain, distilled, experiment.metrics, experiment.step))
+    if jobs > 1:
+        display.say(f's/{experiment.step} of the students: {jobs} trainings at once, {experiment.together} included.')
+    seconds = time.monotonic() - began
+    arms = {
+        a.name: dict(parameters=a.parameters, runs=[_figures(r, experiment.metrics) for r in a.results])
+        for a in (teacher, *students)
+    }
+    results = dict(seeds=list(seeds), arms=arms, seconds=seconds)
+    (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
+    shown = {teacher.name: tests[TEACHER, TEACHER_SEED]}
+    shown |= {a.name: tests[name, seeds[0]] for a, name in zip(students, names, strict=True)}
+    report = write_report(
+        work_dir,
+        title=experiment.title,
+        teacher=teacher,
+        plain=plain,
+        distilled=distilled,
+        histories={a.name: [histories[n, s] for s in seeds] for a, n in zip(students, names, strict=True)},
+        metrics=experiment.metrics,
+        metric=experiment.metric(histories.values()),
+        picture=experiment.picture(shown),
+        note=experiment.note,
+        facts={
+            **experiment.facts(),
+            'seeds': ', '.join(map(str, seeds)),
+            'trainings at once': f'{jobs} (on {experiment.cores} cores)',
+            'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+            'torch': torch.__version__,
+        },
+        step=experiment.step,
+        unit=experiment.unit,
+    )
+    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
+    return results
+
+
+def _figures(result: Result, metrics: Metrics) -> dict[str, float]:
+    accuracy = dict(zip(metrics.keys, result.accuracy, strict=True))
+    return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size)
+
+
+def _train(experiment: Experiment, display: Display) -> dict[Key, Phase]:
+    """All trainings, in an order in which every distilled student finds its teacher."""
+    first = [experiment.train_teacher()] if experiment.trains_teacher else []
+    trainings: dict[Key, Phase] = {}
+    if experiment.plain_first:
+        trainings |= {(PLAIN, seed): experiment.train_student(PLAIN, seed) for seed in experiment.seeds}
+    run_phases([*first, *trainings.values()], display, experiment.jobs)
+    names = [*([] if experiment.plain_first else [PLAIN]), *experiment.distilled]
+    others = {(arm, seed): experiment.train_student(arm, seed) for seed in experiment.seeds for arm in names}
+    run_phases(list(others.values()), display, experiment.jobs)
+    return trainings | others

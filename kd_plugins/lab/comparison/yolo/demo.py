@@ -1,0 +1,92 @@
+"""The comparison on the embedded digits in Ultralytics: the second half of ``make demo``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_plugins.lab.comparison.experiment import compare
+from kd_plugins.lab.comparison.yolo.experiment import DEFAULT, NATIVE, Comparison
+from kd_plugins.lab.data import prepare_digits
+
+TEACHER = 'yolo11n.yaml'
+#: Width of the student's channels, as a fraction of YOLO11's; n has 0.25.
+WIDTH = 0.125
+#: A short schedule from scratch: an optimizer step per batch (nbs), no mosaic of scenes that are already full, and no
+#: mirrored digits.
+OPTIONS = (
+    'imgsz=128',
+    'batch=16',
+    'nbs=16',
+    'optimizer=AdamW',
+    'lr0=0.003',
+    'warmup_epochs=1.0',
+    'mosaic=0.0',
+    'fliplr=0.0',
+    'workers=1',
+    'plots=False',
+    'verbose=False',
+)
+TEACHER_EPOCHS, EPOCHS = 10, 10
+
+
+def demo(
+    work_dir: str | os.PathLike = 'work_dirs/demo/yolo',
+    *,
+    data: str | os.PathLike = 'data/digits',
+    seeds: Sequence[int] = (0,),
+    recipes: Sequence[str] = (NATIVE, DEFAULT),
+    jobs: int | None = None,
+) -> dict[str, Any]:
+    """Build the digits, train a YOLO11n and a much smaller YOLO11: plain, natively distilled, distilled.
+
+    Args:
+        work_dir: Where everything but the data is written.
+        data: Where the scenes are written, or reused.
+        seeds: One student of each kind per seed.
+        recipes: Distilled students, see `Comparison`.
+        jobs: Trainings at once, see `Comparison`.
+
+    Returns:
+        The figures, see `compare`.
+    """
+    root = prepare_digits(data)
+    work_dir = Path(work_dir).absolute()
+    return compare(
+        Comparison(
+            teacher=TEACHER,
+            student=write_student(work_dir / 'yolo11_narrow.yaml'),
+            data=str(root / 'digits.yaml'),
+            recipes=recipes,
+            work_dir=work_dir,
+            seeds=seeds,
+            student_options=[f'epochs={EPOCHS}', *OPTIONS],
+            teacher_options=[f'epochs={TEACHER_EPOCHS}', *OPTIONS],
+            jobs=jobs,
+            title='Handwritten digits: a narrow YOLO11 in Ultralytics, plain and distilled',
+        )
+    )
+
+
+def write_student(path: Path, width: float = WIDTH) -> str:
+    """Write a model YAML of YOLO11 that is narrower than any official one.
+
+    Args:
+        path: File to write.
+        width: Of its channels, 0.25 is YOLO11n's.
+
+    Returns:
+        The path.
+    """
+    from ultralytics.nn.tasks import yaml_model_load
+    from ultralytics.utils import YAML
+
+    model = yaml_model_load(TEACHER)
+    depth, _, most = model['scales']['n']
+    model = {k: v for k, v in model.items() if k not in ('scale', 'yaml_file')}
+    model['scales'] = {'narrow': [depth, width, most]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    YAML.save(path, model)
+    return str(path)

@@ -1,0 +1,313 @@
+"""The comparison itself: one teacher, and the same student plain, natively distilled and distilled, over seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kd_plugins.errors import DistillError, nearest
+from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
+from kd_plugins.lab.comparison.figures import Detections, Objects, Picture
+from kd_plugins.lab.comparison.history import History
+from kd_plugins.lab.comparison.phases import Phase
+from kd_plugins.lab.comparison.table import BOXES, Metrics
+from kd_plugins.lab.comparison.yolo.evaluate import image_files
+from kd_plugins.lab.comparison.yolo.logs import MAP, TrainerProgress, read_history
+from kd_plugins.yolo.callback import check_version, quiet
+from kd_plugins.yolo.cli import overrides_of
+from kd_plugins.yolo.recipe import read_recipe
+from kd_plugins.yolo.teacher import find_teacher
+
+RECIPES = Path(__file__).parents[3] / 'configs' / 'yolo'
+NATIVE, DEFAULT = 'native', 'default'
+#: What this comparison sets itself; elsewhere it would be overwritten without a word.
+RESERVED = ('model', 'data', 'project', 'name', 'seed', 'resume', 'exist_ok', 'mode', 'task', 'distill_model', 'save')
+NOTE = (
+    'mAP, AP50 and gain in points (100 × mAP50-95 and mAP50 of Ultralytics), measured by its validator on last.pt. '
+    's/epoch: median seconds per epoch, validation included. Checkpoints are last.pt after training. '
+    "native is Ultralytics' own distill_model=."
+)
+
+
+@dataclass
+class Comparison(Experiment):
+    """What is compared.
+
+    Attributes:
+        teacher: A trained ``.pt`` (or the name of an official one), or a ``.yaml`` that is trained first.
+        student: What the students start from, a ``.yaml`` or ``.pt``.
+        data: Data set YAML.
+        recipes: Distilled students: ``'native'`` (Ultralytics' ``distill_model=``), ``'default'`` (kd_plugins with its
+            defaults), a recipe in ``configs/yolo`` or a kd.yaml of your own.
+        work_dir: Everything is written below it. A second call with the same settings repeats nothing.
+        seeds: Seeds of the students.
+        student_options: ``key=value`` for every student's training, as for ``yolo train``.
+        teacher_options: The same for the teacher's training.
+        jobs: Trainings that run at once. None: two where there is no GPU but more than one core.
+        scenes: Images in the picture of detections.
+        title: Headline of the report.
+
+    Raises:
+        DistillError: Something is missing or cannot be compared.
+    """
+
+    teacher: str
+    student: str
+    data: str
+    recipes: Sequence[str]
+    work_dir: Path
+    seeds: Sequence[int] = (0,)
+    student_options: Sequence[str] = ()
+    teacher_options: Sequence[str] = ()
+    jobs: int | None = None
+    scenes: int = 5
+    title: str = 'Plain and distilled student in Ultralytics'
+    metrics: ClassVar[Metrics] = BOXES
+    unit: ClassVar[str] = 'epoch'
+    step: ClassVar[str] = 'epoch'
+    note: ClassVar[str] = NOTE
+    together: ClassVar[str] = 'validation'
+    #: Ultralytics gives a training on the CPU all cores but one.
+    plain_first: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_version()
+        # Ultralytics puts relative projects below its own folder for runs.
+        self.work_dir = Path(self.work_dir).absolute()
+        self.words = dict(map(self._arm, self.recipes))
+        if not self.recipes or len(self.words) < len(self.recipes):
+            raise DistillError('--kd needs at least one recipe, and every one of another name.')
+        self.data = _find_data(self.data)
+        self._data: dict[str, Any] | None = None
+        if not self.trains_teacher:
+            self.teacher = find_teacher(self.teacher)
+        for where, options in (('--options', self.student_options), ('--teacher-options', self.teacher_options)):
+            for word in options:
+                key = word.partition('=')[0]
+                if '=' not in word or key in RESERVED or key.startswith('kd'):
+                    raise DistillError(
+                        f'{where}: {word!r} cannot be given; write key=value of yolo train, but none of '
+                        f'{", ".join(RESERVED)} and kd_*, which the comparison sets.'
+                    )
+        self._refuse_other_tasks()
+        self.prepare()
+
+    def _arm(self, name: str) -> tuple[str, list[str]]:
+        """Name and words for the command line of a distilled student; the teacher is added later."""
+        if name in (NATIVE, DEFAULT):
+            return name, []
+        path = Path(name)
+        if not path.is_file():
+            path = RECIPES / f'{name}.yaml'
+        if not path.is_file():
+            known = [NATIVE, DEFAULT, *sorted(p.stem for p in RECIPES.glob('*.yaml'))]
+            raise DistillError(f'--kd: there is no recipe {name!r}; {nearest(name, known)}')
+        if path.stem in (TEACHER, PLAIN, NATIVE, DEFAULT):
+            raise DistillError(f'--kd: an arm cannot be called {path.stem!r}; rename the recipe.')
+        read_recipe(path)
+        return path.stem, [f'kd={path.absolute()}']
+
+    def _refuse_other_tasks(self) -> None:
+        from ultralytics import YOLO
+
+        for where, spec in (('--teacher', self.teacher), ('--student', self.student)):
+            try:
+                with quiet():
+                    task = YOLO(spec, verbose=False).task
+            except FileNotFoundError as error:
+                raise DistillError(f'{where} {spec!r} does not exist.') from error
+            if task != 'detect':
+                raise DistillError(f'{where} {spec!r} is a {task} model; box mAP of detectors is what is compared.')
+
+    # ------------------------------------------------------------------ phases
+    def train_teacher(self) -> Phase:
+        """The teacher's training."""
+        return self._training(TEACHER, self.work_dir / TEACHER, self.teacher, self.teacher_options, TEACHER_SEED)
+
+    def train_student(self, arm: str, seed: int) -> Phase:
+        """A student's training; ``arm`` is ``'plain'`` or one of `words`."""
+        phase = self._training(
+            f'{arm}, seed {seed}', self.work_dir / f'seed{seed}' / arm, self.student, self.student_options, seed
+        )
+        if arm != PLAIN:
+            teacher = self.teacher_weights().absolute()
+            key = 'distill_model' if arm == NATIVE else 'kd_teacher'
+            phase.command = [*phase.command, *self.words[arm], f'{key}={teacher}']
+            recipe = Path(self.words[arm][0].removeprefix('kd=')).read_text() if self.words[arm] else None
+            phase.settings = {**phase.settings, 'recipe': recipe, 'teacher': self.hash_of(teacher)}
+        return phase
+
+    def _training(self, title: str, folder: Path, model: str, options: Sequence[str], seed: int) -> Phase:
+        folder = folder / 'train'
+        words = [
+            'train',
+            f'model={model}',
+            f'data={self.data}',
+            f'project={folder.parent}',
+            f'name={folder.name}',
+            'exist_ok=True',
+            f'seed={seed}',
+            *options,
+        ]
+        last = folder / 'weights' / 'last.pt'
+        return Phase(
+            title=f'train {title}',
+            folder=folder,
+            command=[sys.executable, '-m', 'kd_plugins.yolo.cli', *words],
+            settings=dict(model=_content(model), data=self._data_hashes(), options=sorted(options), seed=seed),
+            progress=TrainerProgress(),
+            # Killed before the first epoch was saved it begins again.
+            resume=['resume=True', f'model={last}'] if last.is_file() else None,
+            max_epochs=overrides_of(['train', *options]).get('epochs', 100),
+            threads=self.threads,
+        )
+
+    def test(self, title: str, folder: Path, weights: Path) -> Phase:
+        """The evaluation of a checkpoint, which also leaves what the picture shows."""
+        # A teacher that is given as a file is evaluated as it teaches: at the students' image size.
+        options = [*self.student_options, *(self.teacher_options if title == TEACHER else ())]
+        size = overrides_of(['train', *options]).get('imgsz', 640)
+        command = [sys.executable, '-m', 'kd_plugins.lab.comparison.yolo.evaluate', str(weights), self.data]
+        folder = folder / 'test'
+        return Phase(
+            title=f'evaluate {title}',
+            folder=folder,
+            command=[*command, str(folder / 'result.json'), '--imgsz', str(size), '--scenes', str(self.scenes)],
+            settings=dict(weights=self.hash_of(weights), data=self._data_hashes(), size=size, scenes=self.scenes),
+            progress=TrainerProgress(),
+            mode='test',
+            threads=self.threads,
+        )
+
+    @property
+    def distilled(self) -> Sequence[str]:
+        """See `Experiment`, as for all that follows."""
+        return list(self.words)
+
+    @property
+    def trains_teacher(self) -> bool:
+        return not self.teacher.endswith('.pt')
+
+    def teacher_weights(self) -> Path:
+        return last_checkpoint(self.work_dir / TEACHER / 'train') if self.trains_teacher else Path(self.teacher)
+
+    def last_checkpoint(self, folder: Path) -> Path:
+        return last_checkpoint(folder)
+
+    # ------------------------------------------------------------------ what came out
+    def history(self, folder: Path) -> History:
+        return read_history(folder)
+
+    def measured(self, test: Phase) -> tuple[float, ...]:
+        found = _result(test)
+        return found['map'], found['map50']
+
+    def parameters(self, arm: str, test: Phase) -> int:
+        return _result(test)['parameters']
+
+    def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
+        return _detections({name: _result(test) for name, test in tests.items()})
+
+    def metric(self, histories: Iterable[History]) -> str:
+        return MAP
+
+    def label(self, arm: str) -> str:
+        names = {TEACHER: TEACHER, PLAIN: PLAIN, NATIVE: 'native distill_model', DEFAULT: 'kd_plugins'}
+        return names.get(arm, f'kd_plugins: {arm}')
+
+    def facts(self) -> dict[str, str]:
+        import ultralytics
+
+        return {
+            'teacher': _short(self.teacher) + (', trained here' if self.trains_teacher else ''),
+            'student': _short(self.student),
+            'data': os.path.relpath(self.data),
+            'arms': ', '.join(self.words),
+            'options': ' '.join(self.student_options),
+            'options of the teacher': ' '.join(self.teacher_options) if self.trains_teacher else '',
+            'ultralytics': ultralytics.__version__,
+        }
+
+    def _data_hashes(self) -> dict[str, Any]:
+        """The YAML, and names and sizes of the labels, so that another data set at the same place is noticed."""
+        if self._data is None:
+            from ultralytics.data.utils import check_det_dataset, img2label_paths
+
+            try:
+                found = check_det_dataset(self.data)
+            except Exception as error:
+                first = ' '.join(str(error).split())
+                raise DistillError(f'--data {self.data!r} cannot be used: {first}') from error
+            digest = hashlib.sha256()
+            for label in img2label_paths([f for split in ('train', 'val') for f in image_files(found[split])]):
+                path = Path(label)
+                digest.update(f'{path.name} {path.stat().st_size if path.is_file() else None};'.encode())
+            self._data = dict(yaml=Path(self.data).read_text(), labels=digest.hexdigest())
+        return self._data
+
+
+def _find_data(data: str) -> str:
+    """The absolute path of a data set's YAML, one of Ultralytics' own included."""
+    from ultralytics.utils.checks import check_yaml
+
+    try:
+        return os.path.abspath(check_yaml(data))
+    except (FileNotFoundError, AssertionError) as error:
+        raise DistillError(f'--data {data!r} does not exist; it is the YAML of a data set.') from error
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The ``last.pt`` of a run.
+
+    Raises:
+        DistillError: There is none.
+    """
+    path = folder / 'weights' / 'last.pt'
+    if not path.is_file():
+        raise DistillError(f'{folder} holds no weights/last.pt after the training.')
+    return path
+
+
+def _result(test: Phase) -> dict[str, Any]:
+    return json.loads((test.folder / 'result.json').read_text())
+
+
+def _detections(measured: dict[str, dict[str, Any]]) -> Detections | None:
+    first = next(iter(measured.values()))
+    images = [Path(image['file']).name for image in first['images']]
+    if not images:
+        return None
+
+    def objects(rows: Sequence[Sequence[float]], scored: bool) -> Objects:
+        table = np.asarray(rows, np.float64).reshape(-1, 6 if scored else 5)
+        return Objects(table[:, :4], table[:, 4].astype(int), table[:, 5] if scored else None)
+
+    return Detections(
+        images=images,
+        files={name: image['file'] for name, image in zip(images, first['images'], strict=True)},
+        truth={name: objects(image['truth'], False) for name, image in zip(images, first['images'], strict=True)},
+        found={
+            model: {name: objects(i['found'], True) for name, i in zip(images, m['images'], strict=True)}
+            for model, m in measured.items()
+        },
+        classes=first['names'],
+    )
+
+
+def _short(spec: str) -> str:
+    """A path as one would type it here; other names as they are."""
+    return os.path.relpath(spec) if os.path.isabs(spec) else spec
+
+
+def _content(spec: str) -> str:
+    """What identifies a model: a file's content, or the name of an official one."""
+    path = Path(spec)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else spec

@@ -1,0 +1,27 @@
+"""Teachers: where they come from (sources), and how they are loaded, given pixels and run. Needs torch only."""
+
+from kd_plugins.teachers.checkpoints import find_weights, load_checkpoint
+from kd_plugins.teachers.frozen import FrozenTeacher
+from kd_plugins.teachers.loading import load_strictly
+from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, create_network, data_config
+from kd_plugins.teachers.pixels import ULTRALYTICS, PixelFormat, Renormalize, Resized
+from kd_plugins.teachers.sources import build_source, find_source, register_teacher, teacher_kind
+
+__all__ = [
+    'ULTRALYTICS',
+    'ClassifierNetwork',
+    'DataConfig',
+    'FrozenTeacher',
+    'PixelFormat',
+    'Renormalize',
+    'Resized',
+    'build_source',
+    'create_network',
+    'data_config',
+    'find_source',
+    'find_weights',
+    'load_checkpoint',
+    'load_strictly',
+    'register_teacher',
+    'teacher_kind',
+]

@@ -1,0 +1,69 @@
+"""The table says what was measured: paired gains, spread, losses as losses."""
+
+import math
+
+import pytest
+
+from kd_plugins.lab.comparison.table import (
+    BOXES,
+    LABEL_MAPS,
+    Arm,
+    Result,
+    header,
+    mean_and_spread,
+    render,
+    rows,
+    seed_rows,
+    text,
+    verdict,
+)
+
+
+def arm(name, *maps, seconds=0.1):
+    return Arm(name, 560_000, [Result(i, (m, m + 0.2), seconds, 9_700_000) for i, m in enumerate(maps)])
+
+
+TEACHER = Arm('teacher', 2_240_000, [Result(0, (0.413, 0.689), math.nan, 36_600_000)])
+
+
+def test_one_seed():
+    plain, distilled = arm('plain', 0.2), arm('distilled: a', 0.25, seconds=0.15)
+    table = rows(TEACHER, plain, [distilled])
+    assert table[0] == ('teacher', '2.24 M', '41.3', '68.9', '', '', '36.6 MB')
+    assert table[1] == ('plain', '0.56 M', '20.0', '40.0', '', '0.100', '9.7 MB')
+    assert table[2] == ('distilled: a', '0.56 M', '25.0', '45.0', '+5.0', '0.150', '9.7 MB')
+
+
+def test_gains_are_paired_by_seed_and_negative_ones_are_shown():
+    plain, distilled = arm('plain', 0.20, 0.30, 0.40), arm('distilled: a', 0.19, 0.28, 0.41)
+    assert distilled.gains(plain) == pytest.approx([-0.01, -0.02, 0.01])
+    table = rows(TEACHER, plain, [distilled])
+    assert table[1][2] == '30.0 ± 10.0'
+    assert table[2][4] == '-0.7 ± 1.5'
+    header, cells = seed_rows(plain, [distilled])
+    assert header == ('seed', 'plain', 'distilled: a')
+    assert cells[1] == ('1', '30.0', '28.0 (-2.0)')
+    assert 'better than plain in 1 of 3' in verdict(plain, distilled, 'mAP')
+    assert verdict(plain, distilled, 'mAP').startswith('distilled: a: -0.7 ± 1.5 mAP')
+
+
+def test_columns_are_those_of_the_task():
+    assert header(BOXES) == ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint')
+    assert header(LABEL_MAPS, 'epoch') == ('model', 'parameters', 'mIoU', 'mAcc', 'gain', 's/epoch', 'checkpoint')
+    printed = text(TEACHER, arm('plain', 0.20, 0.30), [arm('distilled: a', 0.25, 0.31)], LABEL_MAPS)
+    assert 'mIoU per seed' in printed and '+3.0 ± 2.8 mIoU over 2 seeds' in printed and 'mAP' not in printed
+
+
+def test_verdict_of_one_seed_admits_it():
+    assert 'one seed' in verdict(arm('plain', 0.2), arm('distilled: a', 0.1), 'mAP')
+
+
+def test_spread_of_one_value_is_unknown():
+    mean, spread = mean_and_spread([0.5])
+    assert mean == 0.5 and math.isnan(spread)
+    assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+
+
+def test_columns_are_aligned():
+    lines = render([('a', '1'), ('long name', '22')], ('model', 'mAP')).splitlines()
+    assert lines == ['model      mAP', '--------------', 'a            1', 'long name   22']

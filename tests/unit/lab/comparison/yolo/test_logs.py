@@ -1,0 +1,42 @@
+"""Curves, speed and progress are read from what Ultralytics writes."""
+
+import pytest
+
+from kd_plugins.lab.comparison.figures import task_loss
+from kd_plugins.lab.comparison.yolo.logs import MAP, TrainerProgress, read_history
+
+CSV = """epoch,time,train/box_loss,train/cls_loss,train/kdcls_loss,train/dis_loss,metrics/mAP50-95(B),val/box_loss
+1,10,3.0,2.0,0.5,0.25,0.1,9
+2,18,2.0,1.0,0.5,0.25,0.2,9
+3,7,1.0,1.0,0.5,0.25,0.3,9
+4,16,1.0,0.5,0.5,0.25,0.4,9
+"""
+
+
+def test_history(tmp_path):
+    (tmp_path / 'results.csv').write_text(CSV)
+    history = read_history(tmp_path)
+    assert history.curve('loss') == ([1, 2, 3, 4], [5.0, 3.0, 2.0, 1.5]), "the student's own losses only"
+    assert task_loss(history)[1] == [5.0, 3.0, 2.0, 1.5]
+    assert history.metric_curve(MAP) == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
+    # The clock starts anew when a run is resumed (epoch 3); the first epoch contains the start.
+    assert [line.get('time') for line in history.train.values()] == [10, 8, None, 9]
+    assert history.seconds_per_iteration() == pytest.approx(8.5)
+
+
+def test_no_history(tmp_path):
+    assert read_history(tmp_path).train == {}
+
+
+def test_progress():
+    progress = TrainerProgress()
+    line = (
+        '\x1b[K       3/10         0G      1.646      2.891      1.362         41        128: 25% ━━╸──── 16/63 4.5it/s'
+    )
+    assert progress.update(line, 'train', 10)
+    assert (progress.epoch, progress.done) == (3, pytest.approx(0.225))
+    assert progress.update(
+        '                   all        250        986      0.703      0.551      0.637      0.412', '', 10
+    )
+    assert progress.metric == 0.412
+    assert not progress.update('Transferred 499/499 items', 'train', 10)
