@@ -15,6 +15,7 @@ argument. Only torch is needed::
 """
 
 from kd_plugins.losses.attention_transfer import AttentionTransferLoss, attention_transfer
+from kd_plugins.losses.base import DistillLoss as DistillLoss
 from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
 from kd_plugins.losses.box_l1 import BoxL1Loss, box_l1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import vector_norm
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, as_full, check_choice, check_positive, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 FORMS = ('author', 'paper')
 
@@ -77,7 +78,7 @@ def _check(form: str, p: float) -> None:
         raise DistillError(f'p must be >= 1, below which the gradient at 0 is infinite, got {p!r}.')
 
 
-class AttentionTransferLoss(nn.Module):
+class AttentionTransferLoss(DistillLoss):
     """Module form of `attention_transfer`, which see. Needs equal grids but no equal channels.
 
     Args:

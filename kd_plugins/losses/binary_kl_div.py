@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kd_plugins.losses._common import (
@@ -17,6 +17,7 @@ from kd_plugins.losses._common import (
     full_precision,
     mean_over_positions,
 )
+from kd_plugins.losses.base import DistillLoss
 
 if TYPE_CHECKING:
     from kd_plugins.predictions.dense import DensePredictions
@@ -64,7 +65,7 @@ def binary_kl_div(
         return temperature**2 * mean_over_positions(divergence.sum(-1), weight)
 
 
-class BinaryKLDivLoss(nn.Module):
+class BinaryKLDivLoss(DistillLoss):
     """Module form of `binary_kl_div`, which see. Consumes ``(..., C)`` logits of independent classes.
 
     Args:
@@ -74,6 +75,7 @@ class BinaryKLDivLoss(nn.Module):
     """
 
     consumes = 'logits'
+    activation = 'sigmoid'
 
     def __init__(self, temperature: float = 1.0, foreground: bool = False) -> None:
         super().__init__()

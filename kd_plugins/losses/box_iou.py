@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import (
@@ -16,6 +16,7 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses.base import DistillLoss
 
 if TYPE_CHECKING:
     from kd_plugins.predictions.dense import DensePredictions
@@ -61,7 +62,7 @@ def _area(distances: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
-class BoxIoULoss(nn.Module):
+class BoxIoULoss(DistillLoss):
     """Module form of `box_iou`. Consumes two aligned ``DensePredictions`` that both have ``ltrb``.
 
     Args:

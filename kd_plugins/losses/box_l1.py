@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import (
@@ -15,6 +15,7 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses.base import DistillLoss
 
 if TYPE_CHECKING:
     from kd_plugins.predictions.dense import DensePredictions
@@ -48,7 +49,7 @@ def box_l1(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Te
         return mean_over_positions((student - teacher).abs().mean(-1), weight)
 
 
-class BoxL1Loss(nn.Module):
+class BoxL1Loss(DistillLoss):
     """Module form of `box_l1`. Consumes two aligned ``DensePredictions``.
 
     Boxes are compared as the heads' own outputs when both have the same ``box_coding``, otherwise as decoded

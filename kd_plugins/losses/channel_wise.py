@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_positive, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def channel_wise_div(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -44,7 +45,7 @@ def channel_wise_div(student: Tensor, teacher: Tensor, *, temperature: float = 4
         return temperature**2 * divergence.sum() / max(divergence.numel(), 1)
 
 
-class ChannelWiseDivLoss(nn.Module):
+class ChannelWiseDivLoss(DistillLoss):
     """Module form of `channel_wise_div`, which see. Consumes maps of features or of class logits."""
 
     consumes = 'features'

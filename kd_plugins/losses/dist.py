@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_not_negative, check_positive, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def dist(
@@ -80,7 +81,7 @@ def _check(beta: float, gamma: float, temperature: float) -> None:
         raise DistillError('beta and gamma are both 0; at least one must be > 0.')
 
 
-class DISTLoss(nn.Module):
+class DISTLoss(DistillLoss):
     """Module form of `dist`, which see. Consumes ``(..., C)`` logits of classes that exclude each other.
 
     Args:
@@ -90,6 +91,7 @@ class DISTLoss(nn.Module):
     """
 
     consumes = 'logits'
+    activation = 'softmax'
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_not_negative, check_positive, describe, full_precision
 from kd_plugins.losses._labels import class_shares
+from kd_plugins.losses.base import DistillLoss
 
 #: More are no mixture of images, and every one costs a pass over the logits.
 _MOST_CLASSES = 8
@@ -124,7 +125,7 @@ def _check(alpha: float, beta: float, temperature: float) -> None:
         raise DistillError('alpha and beta are both 0; at least one must be > 0.')
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(DistillLoss):
     """Module form of `dkd`, which see. Consumes ``(..., C)`` logits of classes that exclude each other, and labels.
 
     Args:
@@ -134,6 +135,7 @@ class DKDLoss(nn.Module):
     """
 
     consumes = 'logits'
+    activation = 'softmax'
     needs_target = True
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:

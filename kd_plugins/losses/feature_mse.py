@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.losses._common import aligned, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
         return (student - teacher).square().sum() / max(student.numel(), 1)
 
 
-class FeatureMSELoss(nn.Module):
+class FeatureMSELoss(DistillLoss):
     """Module form of `feature_mse`, which see."""
 
     consumes = 'features'

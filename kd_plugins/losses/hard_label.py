@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.losses._common import aligned, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def hard_label(student: Tensor, teacher: Tensor) -> Tensor:
@@ -35,10 +36,11 @@ def hard_label(student: Tensor, teacher: Tensor) -> Tensor:
         return loss.sum() / max(loss.numel(), 1)
 
 
-class HardLabelLoss(nn.Module):
+class HardLabelLoss(DistillLoss):
     """Module form of `hard_label`. Consumes ``(..., C)`` logits of classes that exclude each other."""
 
     consumes = 'logits'
+    activation = 'softmax'
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return hard_label(student, teacher)

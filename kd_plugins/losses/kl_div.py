@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.losses._common import aligned, check_choice, check_positive, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def kl_div(
@@ -76,7 +77,7 @@ def _check(temperature: float, standardize: bool, teacher_temperature: float | N
         check_positive(teacher_temperature=teacher_temperature)
 
 
-class KLDivLoss(nn.Module):
+class KLDivLoss(DistillLoss):
     """Module form of `kl_div`, which see. Consumes ``(..., C)`` logits of classes that exclude each other.
 
     Args:
@@ -86,6 +87,7 @@ class KLDivLoss(nn.Module):
     """
 
     consumes = 'logits'
+    activation = 'softmax'
 
     def __init__(
         self, temperature: float = 4.0, standardize: bool = False, teacher_temperature: float | None = None

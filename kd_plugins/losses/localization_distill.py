@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import (
@@ -16,6 +16,7 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses.base import DistillLoss
 
 if TYPE_CHECKING:
     from kd_plugins.predictions.dense import DensePredictions
@@ -62,7 +63,7 @@ def localization_distill(
 _INSTEAD = 'compare decoded boxes with YOLOLogitLoss(obj_weight=0, cls_weight=0) instead'
 
 
-class LocalizationDistillLoss(nn.Module):
+class LocalizationDistillLoss(DistillLoss):
     """Module form of `localization_distill`. Consumes two aligned ``DensePredictions`` that both have ``dist``.
 
     Args:

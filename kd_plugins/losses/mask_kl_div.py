@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_positive, describe, full_precision, mean_over_positions
+from kd_plugins.losses.base import DistillLoss
 
 
 def mask_kl_div(
@@ -72,7 +73,7 @@ def mask_kl_div(
         return temperature**2 * mean_over_positions(divergence.sum((2, 3)) / pixels.clamp(min=1), weight)
 
 
-class MaskKLDivLoss(nn.Module):
+class MaskKLDivLoss(DistillLoss):
     """Module form of `mask_kl_div`, which see. Consumes the assembled masks of the same objects.
 
     Args:

@@ -10,6 +10,7 @@ from torch.nn.functional import relu
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_not_negative, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def mgd(student: Tensor, teacher: Tensor, generator: Callable[[Tensor], Tensor], *, mask_ratio: float = 0.65) -> Tensor:
@@ -93,7 +94,7 @@ class MGDGenerator(nn.Module):
         return self.conv2(relu(self.conv1(features)))
 
 
-class MGDLoss(nn.Module):
+class MGDLoss(DistillLoss):
     """Module form of `mgd`, which see; owns the generator, which has to be trained with the student.
 
     A generator belongs to one feature level. For several levels, or channels known later only, make one loss without

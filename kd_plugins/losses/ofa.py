@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, check_choice, check_positive, describe, full_precision
 from kd_plugins.losses._labels import class_shares
+from kd_plugins.losses.base import DistillLoss
 
 
 def ofa(
@@ -76,7 +77,7 @@ def _check(gamma: float, temperature: float, form: str) -> None:
     check_choice(('paper', 'author'), form=form)
 
 
-class OFALoss(nn.Module):
+class OFALoss(DistillLoss):
     """Module form of `ofa`, which see. Consumes ``(..., C)`` logits of classes that exclude each other, and labels.
 
     Args:
@@ -86,6 +87,7 @@ class OFALoss(nn.Module):
     """
 
     consumes = 'logits'
+    activation = 'softmax'
     needs_target = True
 
     def __init__(self, gamma: float = 1.0, temperature: float = 1.0, form: str = 'paper') -> None:

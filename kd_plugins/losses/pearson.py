@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import aligned, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def pearson(student: Tensor, teacher: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def _standardized(features: Tensor) -> Tensor:
     return centred * (centred.square().mean(-1, keepdim=True) + 1e-10).rsqrt()
 
 
-class PearsonLoss(nn.Module):
+class PearsonLoss(DistillLoss):
     """Module form of `pearson`, which see."""
 
     consumes = 'features'

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import check_choice, check_not_negative, check_positive, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 #: Elements of a logit map that the lean path works on at a time: on one thread what the cache holds, otherwise more.
 #: Threads have to meet after every operator, which takes long where they share their cores, so that fewer and larger
@@ -316,7 +317,7 @@ def _check(temperature: float, ignore_index: int, alpha: float | None, sigmoid: 
         )
 
 
-class PixelwiseKLDivLoss(nn.Module):
+class PixelwiseKLDivLoss(DistillLoss):
     """Module form of `pixelwise_kl_div`, which see. Consumes two maps of class logits, and labels if there are any.
 
     Args:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import smooth_l1_loss
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import as_full, check_not_negative, describe, full_precision
+from kd_plugins.losses.base import DistillLoss
 
 
 def relation(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
@@ -116,7 +117,7 @@ def _check(distance_weight: float, angle_weight: float) -> None:
         raise DistillError('distance_weight and angle_weight are both 0; at least one must be > 0.')
 
 
-class RelationLoss(nn.Module):
+class RelationLoss(DistillLoss):
     """Module form of `relation`, which see. Needs neither equal embedding sizes nor equal grids.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import (
@@ -17,6 +17,7 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses.base import DistillLoss
 
 if TYPE_CHECKING:
     from kd_plugins.predictions.dense import DensePredictions
@@ -154,7 +155,7 @@ def _check(obj_weight: float, box_weight: float, cls_weight: float, scale: float
         raise DistillError('obj_weight, box_weight and cls_weight are all 0; at least one must be > 0.')
 
 
-class YOLOLogitLoss(nn.Module):
+class YOLOLogitLoss(DistillLoss):
     """Module form of `yolo_logit`, which see for the arguments. Consumes two aligned ``DensePredictions``."""
 
     consumes = 'predictions'

@@ -1,0 +1,78 @@
+"""What a distillation loss says of itself: what it compares, and what it leaves to the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from kd_plugins.errors import DistillError
+
+#: What a loss may be given, see `DistillLoss.consumes`. Forms of predictions add their own names.
+CONSUMES = ('features', 'logits')
+ACTIVATIONS = (None, 'softmax', 'sigmoid')
+
+
+class DistillLoss(nn.Module):
+    """Base of all losses here; ``forward(student, teacher)`` returns a scalar.
+
+    A loss of one's own may inherit from it or not: these attributes are what the engine asks for, and an ``nn.Module``
+    without them is taken for a loss on features.
+
+    Attributes:
+        consumes: ``'features'`` (two tensors, brought to one shape by an adapter), ``'logits'`` (two ``(..., C)``
+            tensors), or the name of a form of predictions (`kd_plugins.predictions.Form`), two of which it is given
+            whole and aligned: ``'predictions'`` (dense detection heads), ``'segmentation'``, ``'masks'``.
+        needs_target: Whether ``forward`` takes the labels as its third argument.
+        activation: The classes whose logits it was written for: ``'softmax'`` (they exclude each other), ``'sigmoid'``
+            (each is a yes or no), or None for any.
+        any_channels: Whether the channels of two features may differ.
+        any_grid: Whether the grids of two features may differ.
+    """
+
+    consumes: ClassVar[str] = 'features'
+    needs_target: ClassVar[bool] = False
+    activation: str | None = None
+    any_channels: ClassVar[bool] = False
+    any_grid: ClassVar[bool] = False
+
+    def for_channels(self, channels: int) -> nn.Module:
+        """The loss for teacher features of so many channels: itself, unless it has parts of that size to train."""
+        return self
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a loss declares, see `DistillLoss`; made once per term.
+
+    Attributes:
+        built_per_level: Whether ``for_channels`` makes a loss of its own for every level.
+    """
+
+    consumes: str = 'features'
+    needs_target: bool = False
+    activation: str | None = None
+    any_channels: bool = False
+    any_grid: bool = False
+    built_per_level: bool = False
+
+
+def declaration_of(loss: nn.Module) -> Declaration:
+    """What a loss says of itself; the one place where a loss that is no `DistillLoss` is asked by name.
+
+    Raises:
+        DistillError: It declares a value that means nothing.
+    """
+    names: dict[str, Any] = {
+        key: getattr(loss, key)
+        for key in ('consumes', 'needs_target', 'activation', 'any_channels', 'any_grid')
+        if hasattr(loss, key)
+    }
+    own = getattr(type(loss), 'for_channels', None)
+    found = Declaration(**names, built_per_level=own not in (None, DistillLoss.for_channels))
+    if found.activation not in ACTIVATIONS:
+        raise DistillError(
+            f"{type(loss).__name__}.activation must be None, 'softmax' or 'sigmoid', got {found.activation!r}."
+        )
+    return found
