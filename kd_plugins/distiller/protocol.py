@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller.taps import Capture
+from kd_plugins.distiller.taps import Capture, Tap
 
 
 class Teacher(Protocol):
@@ -53,6 +53,14 @@ class Teacher(Protocol):
 
     def to(self, like: Tensor) -> Teacher:
         """Follow the device of the student's inputs, and their dtype where the student itself runs in it."""
+        ...
+
+    def tap(self, tap: Tap) -> Tap:
+        """The tap that is meant by a name: ``head``, ``neck``, ``backbone``, ``logits``, ``stages[i]``, or a path.
+
+        Raises:
+            DistillError: It has no such thing.
+        """
         ...
 
     def outputs(self, inputs: Any, samples: Any, modules: Iterable[str]) -> Capture:

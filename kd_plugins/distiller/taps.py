@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,18 +23,32 @@ from kd_plugins.errors import DistillError, nearest
 # The dropout behind the softmax of an attention module, in timm's spelling.
 _ATTENTION = 'attn_drop'
 _ABSENT = object()
-_PATH = re.compile(r'^(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
+_PATH = re.compile(r'^(?:(?P<owner>[A-Za-z_]\w*):)?(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
 
 
 @dataclass(frozen=True)
 class Tap:
     """A place in a model: a dotted module path and, optionally, which of its outputs.
 
-    Written ``'neck'`` (all outputs), ``'neck[1]'`` (the second one) or ``'backbone.layer3'``.
+    Written ``'neck'`` (all outputs), ``'neck[1]'`` (the second one) or ``'backbone.layer3'``; a teacher that is one of
+    several stands in front, ``'big:neck'``. What a name means (``head``, ``neck``, ``backbone``, ``logits``,
+    ``stages[i]``) is for the host of the model to say, which returns another tap.
+
+    Attributes:
+        module: Dotted path of the module.
+        index: Which of its outputs; None: all of them.
+        owner: Name of the teacher, ``''`` for the only one.
+        part: Which branch of a head that has several, or None.
+        also: Further modules whose outputs follow, where a name means several.
+        written: How the user wrote it, for messages.
     """
 
     module: str
     index: int | None = None
+    owner: str = ''
+    part: str | None = None
+    also: tuple[str, ...] = ()
+    written: str = field(default='', compare=False)
 
     @classmethod
     def parse(cls, text: object, where: str) -> Tap:
@@ -51,10 +65,22 @@ class Tap:
         if match is None:
             raise DistillError(f"{where} must be a module path like 'neck' or 'neck[1]', got {text!r}.")
         index = match['index']
-        return cls(match['module'], None if index is None else int(index))
+        return cls(match['module'], None if index is None else int(index), match['owner'] or '')
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of all its modules."""
+        return (self.module, *self.also)
+
+    def means(self, module: str, *also: str, index: int | None = None, part: str | None = None) -> Tap:
+        """What it stands for, remembering how it was written."""
+        return replace(self, module=module, also=also, index=index, part=part, written=str(self))
 
     def __str__(self) -> str:
-        return self.module if self.index is None else f'{self.module}[{self.index}]'
+        if self.written:
+            return self.written
+        owner = f'{self.owner}:' if self.owner else ''
+        return owner + (self.module if self.index is None else f'{self.module}[{self.index}]')
 
 
 @dataclass(frozen=True)
@@ -138,6 +164,8 @@ class Capture:
         calls: The recorded calls by path, in order.
         attention: The attention modules whose probabilities are tapped, by the tap's path (``'...attn.attn_drop'``).
         image_size: ``(H, W)`` in pixels of the batch that the model was given, or None when unknown.
+        padded_size: ``(H, W)`` that the model padded it to by itself, to the right and below; None: it did not. What
+            padding added is cut off the maps.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], where: str) -> None:
@@ -150,6 +178,7 @@ class Capture:
         }
         self.calls: dict[str, list[Call]] = {}
         self.image_size: tuple[int, int] | None = None
+        self.padded_size: tuple[int, int] | None = None
         self._saved: list[tuple[nn.Module, str, Any]] = []
 
     def open(self) -> Capture:
@@ -193,6 +222,16 @@ class Capture:
 
         return forward
 
+    @property
+    def device(self) -> str:
+        """Type of the device of what was recorded."""
+        recorded = (t for calls in self.calls.values() for call in calls for t in tensors_in(call.output))
+        return next(recorded).device.type
+
+    def put(self, path: str, output: Any, training: bool) -> None:
+        """Record what somebody else saw a module return."""
+        self.calls[path] = [Call(output, training)]
+
     def call(self, path: str, repeated: bool = False) -> Call:
         """The only call of a module.
 
@@ -216,7 +255,8 @@ class Capture:
         Raises:
             DistillError: The module did not run, returned no tensor, or the index is out of range.
         """
-        found = [t for call in self._fired(tap.module) for t in tensors_in(call.output)]
+        calls = (call for path in tap.modules for call in self._fired(path))
+        found = [self._without_padding(t) for call in calls for t in tensors_in(call.output)]
         if not found:
             raise DistillError(f'{self.where} module {tap.module!r} returned no tensor; tap another module.')
         if tap.index is None:
@@ -227,6 +267,13 @@ class Capture:
                 f'(0 to {len(found) - 1}).'
             )
         return [found[tap.index]]
+
+    def _without_padding(self, tensor: Tensor) -> Tensor:
+        if self.padded_size is None or self.image_size is None or tensor.dim() != 4:
+            return tensor
+        sizes = zip(tensor.shape[-2:], self.image_size, self.padded_size, strict=True)
+        height, width = (-(-cells * inner // outer) for cells, inner, outer in sizes)
+        return tensor[..., :height, :width]
 
     def _fired(self, path: str) -> list[Call]:
         calls = self.calls.get(path)

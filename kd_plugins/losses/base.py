@@ -48,6 +48,7 @@ class Declaration:
 
     Attributes:
         built_per_level: Whether ``for_channels`` makes a loss of its own for every level.
+        takes_predictions: Whether it has a ``from_predictions(student, teacher)`` for whole detection heads.
     """
 
     consumes: str = 'features'
@@ -56,6 +57,7 @@ class Declaration:
     any_channels: bool = False
     any_grid: bool = False
     built_per_level: bool = False
+    takes_predictions: bool = False
 
 
 def declaration_of(loss: nn.Module) -> Declaration:
@@ -70,7 +72,11 @@ def declaration_of(loss: nn.Module) -> Declaration:
         if hasattr(loss, key)
     }
     own = getattr(type(loss), 'for_channels', None)
-    found = Declaration(**names, built_per_level=own not in (None, DistillLoss.for_channels))
+    found = Declaration(
+        **names,
+        built_per_level=own not in (None, DistillLoss.for_channels),
+        takes_predictions=hasattr(loss, 'from_predictions'),
+    )
     if found.activation not in ACTIVATIONS:
         raise DistillError(
             f"{type(loss).__name__}.activation must be None, 'softmax' or 'sigmoid', got {found.activation!r}."

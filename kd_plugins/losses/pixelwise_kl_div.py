@@ -345,6 +345,7 @@ class PixelwiseKLDivLoss(DistillLoss):
         self.ignore_index = ignore_index
         self.alpha = alpha
         self.sigmoid = sigmoid
+        self.activation = 'sigmoid' if sigmoid else 'softmax'
         self.lean = lean
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import PixelFormat, Renormalize
 
 
@@ -49,3 +51,8 @@ def pixel_format(preprocessor: nn.Module | None) -> PixelFormat:
 def _three(value: Any) -> tuple[float, ...]:
     flat = value.detach().double().cpu().reshape(-1)
     return tuple((flat.expand(3) if flat.numel() == 1 else flat).tolist())
+
+
+def student_format(model: nn.Module) -> PixelFormat:
+    """What a student's processed batches look like."""
+    return replace(pixel_format(getattr(model, 'data_preprocessor', None)), size=task_of(model).size(model))

@@ -13,13 +13,13 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
-from kd_plugins.distiller import find_module, untouched_rng
+from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.forward import run_modules
+from kd_plugins.mm.forward import run_modules, settle
 from kd_plugins.mm.inputs import TeacherInputs, pixel_format
-from kd_plugins.predictions import ClassLogits, ClassPredictions, readable
+from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import (
     FrozenTeacher,
     PixelFormat,
@@ -86,10 +86,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     """
     known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
     if teacher_kind(cfg) not in (None, 'config'):
-        kind = (
-            'classifier' if is_classifier(student) else 'segmentor' if hasattr(student, 'decode_head') else 'detector'
-        )
-        return build_foreign(cfg, known, kind)
+        return build_source(find_source(cfg), known)
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -113,19 +110,11 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
-        head=next((n for n in HEADS if hasattr(model, n)), ''),
+        head=task_of(model).head,
+        resolve=settle,
         kind='config',
     )
     return teacher, notes
-
-
-def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
-    """A teacher for the shapes of its outputs; of the MM family with random weights."""
-    if teacher_kind(cfg) not in (None, 'config'):
-        return build_teacher(cfg, student)[0]
-    model, _ = build_architecture(cfg)
-    inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model, own_size(student))
-    return FrozenTeacher(model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model))
 
 
 def teacher_inputs(
@@ -160,26 +149,6 @@ def teacher_inputs(
             f'{size!r}.'
         )
     return Resized(inputs, (sides[0], sides[1]))
-
-
-def build_foreign(cfg: Mapping[str, Any], student: PixelFormat, kind: str = 'detector') -> tuple[Teacher, list[str]]:
-    """A teacher of another framework: a detector whose head answers to ``bbox_head`` like one here, or a classifier.
-
-    Args:
-        cfg: The ``teacher`` mapping.
-        student: The format of the student's batches.
-        kind: What the student is: ``'detector'``, ``'segmentor'`` or ``'classifier'``.
-
-    Raises:
-        DistillError: The teacher cannot be loaded, or is of another kind.
-    """
-    teacher, notes = build_source(find_source(cfg), student)
-    found = (
-        'classifier' if readable(find_module(teacher.model, teacher.head, 'teacher'), ClassPredictions) else 'detector'
-    )
-    if 'classifier' in (found, kind) and found != kind:
-        raise DistillError(f'The teacher {teacher.name} is a {found}, but the student a {kind}; take a {kind}.')
-    return teacher, notes
 
 
 def config_name(cfg: Mapping[str, Any]) -> str:
@@ -223,13 +192,8 @@ def teacher_classes(
 
 
 def own_size(model: Any) -> tuple[int, int] | None:
-    """``(height, width)`` of all images that a classifier is given; None: batches have any size."""
-    return getattr(getattr(model, 'data_preprocessor', None), 'size', None) if is_classifier(model) else None
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether a model predicts classes of whole images, through a `ClassLogits`."""
-    return isinstance(getattr(model, 'logits', None), ClassLogits)
+    """``(height, width)`` of all images that a model is given; None: batches have any size."""
+    return task_of(model).size(model)
 
 
 def num_classes(model: nn.Module) -> int | None:

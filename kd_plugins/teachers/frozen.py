@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller.taps import Capture
+from kd_plugins.distiller.taps import Capture, Tap
 
 
 def _nothing() -> None:
@@ -26,7 +26,7 @@ class FrozenTeacher:
     Args:
         model: The loaded teacher. It is frozen and put in evaluation mode for good.
         run: ``run(model, inputs, samples, modules)`` computes what the tapped modules (dotted paths) need, and
-            nothing more.
+            nothing more. Returns the ``(H, W)`` that it padded the images to, or None.
         prepare: ``prepare(inputs, samples)`` turns the student's processed batch into the teacher's.
         name: For the summary: configuration or class.
         checkpoint: For the summary: where the weights come from.
@@ -34,6 +34,8 @@ class FrozenTeacher:
         classes: Names of the classes it knows, in order, or None when unknown.
         num_classes: How many it predicts, or None when unknown.
         head: Path of the module whose output is what it predicts.
+        resolve: ``resolve(model, tap, side)`` says which tap is meant by a name as ``'neck'``. Default: ``'head'`` is
+            ``head``, everything else is a module.
         kind: Key of the ``teacher`` mapping that it came from, ``''`` for others.
         channels: Image channels it takes, or None when unknown.
     """
@@ -43,7 +45,7 @@ class FrozenTeacher:
     def __init__(
         self,
         model: nn.Module,
-        run: Callable[[nn.Module, Any, Any, Sequence[str]], None],
+        run: Callable[[nn.Module, Any, Any, Sequence[str]], tuple[int, int] | None],
         prepare: Callable[[Any, Any], Any],
         *,
         name: str,
@@ -52,6 +54,7 @@ class FrozenTeacher:
         classes: Sequence[str] | None = None,
         num_classes: int | None = None,
         head: str = '',
+        resolve: Callable[[nn.Module, Tap, str], Tap] | None = None,
         kind: str = '',
         channels: int | None = 3,
     ) -> None:
@@ -64,6 +67,7 @@ class FrozenTeacher:
         self.classes = None if classes is None else tuple(classes)
         self.num_classes = num_classes
         self.head, self.kind, self.channels = head, kind, channels
+        self._resolve = resolve
 
     def __deepcopy__(self, memo: dict) -> FrozenTeacher:
         return self
@@ -112,8 +116,15 @@ class FrozenTeacher:
         prepared = self._prepare(inputs, samples)
         with Capture(self.model, modules, 'teacher') as capture:
             capture.image_size = tuple(prepared.shape[-2:]) if isinstance(prepared, Tensor) else None
-            self._run(self.model, prepared, samples, modules)
+            # What pads by itself says so.
+            capture.padded_size = self._run(self.model, prepared, samples, modules)
         return capture
+
+    def tap(self, tap: Tap) -> Tap:
+        """The tap that is meant by a name, see `Teacher.tap`."""
+        if self._resolve is not None:
+            return self._resolve(self.model, tap, 'teacher')
+        return tap.means(self.head, index=tap.index) if tap.module == 'head' and self.head else tap
 
     def begin(self, student: nn.Module) -> None:
         """Nothing: it does not depend on the student."""

@@ -22,12 +22,14 @@ class PixelFormat:
         std: Standard deviations in pixels, one per channel.
         rgb: Whether the channels are RGB; False: BGR.
         pad: What padding holds, in normalised units.
+        size: ``(height, width)`` of all images; None: batches have any size.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     rgb: bool = False
     pad: float = 0.0
+    size: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         mean, std = ([round(v, 2) for v in values] for values in (self.mean, self.std))
