@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller.taps import Capture, Tap
+from kd_plugins.predictions import Form
 
 
 class Teacher(Protocol):
@@ -75,6 +76,10 @@ class Teacher(Protocol):
 
     def begin(self, student: nn.Module) -> None:
         """The run is about to start (or to be resumed): called once, before the first check."""
+        ...
+
+    def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
+        """What will be asked of it, so that it can leave out the rest: taps, and the forms they are read into."""
         ...
 
     def after_step(self) -> None:

@@ -24,6 +24,7 @@ from kd_plugins.distiller.taps import Capture, Tap, find_module
 from kd_plugins.distiller.terms import Resolver, Term, build_adapter
 from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.losses._common import as_full
+from kd_plugins.losses.base import declaration_of
 from kd_plugins.predictions import Classes, ClassPredictions, Form, align_classes, forms, readable
 
 #: Iterations in which KD should have been computed and was not, after which a run is stopped.
@@ -55,6 +56,7 @@ class Session:
     Attributes:
         bank: The trainable adapters, in no module tree; empty for parameter-free terms.
         optimizer: That of the adapters, between :meth:`attach` and :meth:`detach`.
+        follows: The student's optimizer, between the same.
         position: Where in the run the next iteration is; set by the host.
         notes: What the check found worth saying.
 
@@ -83,6 +85,7 @@ class Session:
         self.bank = AdapterBank()
         self.notes: list[str] = []
         self.optimizer: AdapterOptimizer | None = None
+        self.follows: Optimizer | None = None
         self._handle: Any = None
         self._resolve = resolve
         self._free: dict[str, nn.ModuleDict] = {}
@@ -211,6 +214,8 @@ class Session:
                 self.matching.form(term)
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
+        for name, teacher in self.teachers.items():
+            teacher.expect([(t.teacher, self.matching.form(t)) for t in self._of(name)])
 
     def check(self, inputs: Tensor, samples: Any = None) -> list[Row]:
         """Run all models once without gradients, build the adapters and check that every term fits.
@@ -256,9 +261,21 @@ class Session:
             rows = [self._check_term(term, batch, heads) for term in self.terms.values()]
             for term in self.terms.values():
                 self._refuse_nan(term, batch)
-        self.notes = list(batch.notes.values())
+        self.notes += batch.notes.values()
+        self.notes += self._notes_on(batch, rows)
         self._checked = True
         return rows
+
+    def _notes_on(self, batch: Batch, rows: Sequence[Row]) -> list[str]:
+        notes = []
+        if all(t.always_zero for t in self.terms.values()):
+            notes.append('all weights are 0: the run is the plain one')
+        elif all(row.value == 0 for row in rows):
+            notes.append('student and teacher are equal so far: only what the labels change will be held back')
+        besides = {words for (side, *_), found in batch.read.items() if side == 'student' for words in found.besides}
+        if besides:
+            notes.append(f'not taught: {", ".join(sorted(besides))}')
+        return notes
 
     def _of(self, teacher: str) -> list[Term]:
         return [t for t in self.terms.values() if t.teacher.owner == teacher]
@@ -306,6 +323,9 @@ class Session:
                 if not self._has_parts(term):
                     self._keep(term, nn.ModuleList())
                 pair = self.matching.predictions(term, batch)
+                if term.declared.stands_for_another:
+                    term.loss = term.loss.for_predictions(*pair)
+                    term.declared = declaration_of(term.loss)
                 value = self._compare(term, *pair, batch)
                 found = pair[0].describe(), pair[1].describe()
                 adapter = 'none'
@@ -342,6 +362,7 @@ class Session:
             parameters=sum(p.numel() for p in self._parts(term).parameters()),
             weight=str(term.weight),
             when='' if term.window == Window() else str(term.window),
+            value=float(value),
         )
 
     def _refuse_nan(self, term: Term, batch: Batch) -> None:
@@ -567,6 +588,7 @@ class Session:
         if self.trainable:
             self.optimizer = AdapterOptimizer(self.bank, optimizer, clip=clip, scaler=scaler)
         self._handle = optimizer.register_step_post_hook(self._after_step)
+        self.follows = optimizer
 
     def detach(self) -> None:
         """Leave the student's optimizer as it was found."""
@@ -574,7 +596,7 @@ class Session:
             self._handle.remove()
         if self.optimizer is not None:
             self.optimizer.close()
-        self._handle = self.optimizer = None
+        self._handle = self.optimizer = self.follows = None
 
     def _after_step(self, *step: Any) -> None:
         for teacher in self.teachers.values():

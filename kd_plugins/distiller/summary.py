@@ -24,6 +24,7 @@ class Row:
     parameters: int
     weight: str
     when: str = ''
+    value: float = 0.0
 
 
 def count(number: int) -> str:

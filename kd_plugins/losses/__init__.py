@@ -15,6 +15,7 @@ argument. Only torch is needed::
 """
 
 from kd_plugins.losses.attention_transfer import AttentionTransferLoss, attention_transfer
+from kd_plugins.losses.auto_box import AutoBoxLoss
 from kd_plugins.losses.base import DistillLoss as DistillLoss
 from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
@@ -36,6 +37,7 @@ from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 
 __all__ = [
     'AttentionTransferLoss',
+    'AutoBoxLoss',
     'BinaryKLDivLoss',
     'BoxIoULoss',
     'BoxL1Loss',

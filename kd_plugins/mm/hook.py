@@ -12,8 +12,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Session, map_tensors, summary
+from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, summary
 from kd_plugins.distiller.summary import classes_text, schedule_text
+from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.check import check_session
 from kd_plugins.mm.distilled import DistillMixin
@@ -21,7 +22,7 @@ from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
-from kd_plugins.teachers.run import RunOptions, open_session, pair_classes
+from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
 
 STATE = 'kd_plugins'
 
@@ -98,7 +99,10 @@ class DistillHook(Hook):
         host = MMHost(model)
         options = RunOptions.read(written, host.task.name)
         self._refuse_unread(runner, written, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
-        self.session, notes = open_session(model, options, host, student_format(model), find_in_registries)
+        # Before the teachers are loaded: what is misspelt needs no minute to be found.
+        build_terms(options.terms, resolver_of(options.imports, find_in_registries))
+        teachers, notes = load_teachers(options.teachers, model, student_format(model))
+        self.session = open_session(model, teachers, options, host, find_in_registries)
         # First: that a head predicts no classes explains why their numbers differ.
         self.session.check_heads()
         names = _dataset_classes(runner)

@@ -49,6 +49,7 @@ class DensePredictions(Form):
             (trained on positives only, arbitrary elsewhere). Both scale the class probabilities; comparing them
             with each other makes no sense.
         coefficients: ``(B, A, M)`` of the mask prototypes, see `MaskPredictions`, or None.
+        unread: What the head predicts besides, in words.
         absent: Why a field is None, by field name; quoted by :meth:`require`.
 
     Raises:
@@ -84,6 +85,7 @@ class DensePredictions(Form):
     obj_coding: str = 'objectness'
     coefficients: Tensor | None = None
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -262,6 +264,10 @@ class DensePredictions(Form):
     @property
     def source(self) -> Tensor:
         return self.cls
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        return self.unread
 
     def tensors(self) -> list[Tensor]:
         return [v for n in ('cls', 'obj', 'ltrb') if (v := getattr(self, n)) is not None]

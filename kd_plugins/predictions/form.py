@@ -105,6 +105,11 @@ class Form:
         """Every prediction, which must be finite."""
         return [v for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)]
 
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """What the head predicts besides that is not in here, in words, for the summary."""
+        return ()
+
     def describe(self) -> str:
         """In words, for the summary."""
         raise NotImplementedError

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller.taps import Capture, Tap
+from kd_plugins.predictions import Form
 
 
 def _nothing() -> None:
@@ -128,6 +129,9 @@ class FrozenTeacher:
 
     def begin(self, student: nn.Module) -> None:
         """Nothing: it does not depend on the student."""
+
+    def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
+        """Nothing: it computes what is tapped anyway."""
 
     def after_step(self) -> None:
         """Nothing: it never changes."""

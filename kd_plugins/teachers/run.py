@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_plugins.distiller import Host, Session, Window, build_terms, build_window
+from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
 from kd_plugins.distiller.terms import Resolver, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import Classes, match_classes
@@ -99,40 +99,56 @@ class RunOptions:
         }
 
 
-def open_session(
-    student: nn.Module,
-    options: RunOptions,
-    host: Host,
-    pixels: PixelFormat,
-    resolve: Resolver | None = None,
-) -> tuple[Session, list[str]]:
-    """Load the teachers and build the session of a run; classes are paired by :func:`pair_classes` afterwards.
+def load_teachers(
+    sources: Mapping[str, Any], student: nn.Module, pixels: PixelFormat
+) -> tuple[dict[str, Teacher], list[str]]:
+    """Load the teachers of a run.
 
     Args:
+        sources: ``teacher`` mappings by name.
         student: The plain student.
-        options: What the run is told.
-        host: The framework.
         pixels: What the student's batches look like.
-        resolve: Looks up losses and adapters that are in no module of ``imports``.
 
     Returns:
-        The session and notes for the summary.
+        The teachers by name, and notes for the summary.
 
     Raises:
-        DistillError: Something is missing, misspelt, damaged or does not fit.
+        DistillError: One is missing, misspelt or damaged.
     """
-    resolve = resolver_of(options.imports, resolve)
-    terms = build_terms(options.terms, resolve)
-    teachers, notes = {}, []
-    for name, cfg in options.teachers.items():
+    teachers: dict[str, Teacher] = {}
+    notes: list[str] = []
+    for name, cfg in sources.items():
         try:
             teachers[name], more = build_source(find_source(cfg), pixels)
         except DistillError as error:
             raise DistillError(f'teacher {name!r}: {error}' if name else str(error)) from error
         teachers[name].begin(student)
         notes += more
-    session = Session(student, teachers, terms, host, window=options.window, alpha=options.alpha, resolve=resolve)
-    return session, notes
+    return teachers, notes
+
+
+def open_session(
+    student: nn.Module,
+    teachers: Mapping[str, Teacher],
+    options: RunOptions,
+    host: Host,
+    resolve: Resolver | None = None,
+) -> Session:
+    """The session of a run; classes are paired by :func:`pair_classes` afterwards.
+
+    Args:
+        student: The plain student.
+        teachers: The loaded teachers.
+        options: What the run is told.
+        host: The framework.
+        resolve: Looks up losses and adapters that are in no module of ``imports``.
+
+    Raises:
+        DistillError: A term is misspelt, or names what does not exist.
+    """
+    resolve = resolver_of(options.imports, resolve)
+    terms = build_terms(options.terms, resolve)
+    return Session(student, teachers, terms, host, window=options.window, alpha=options.alpha, resolve=resolve)
 
 
 def pair_classes(
