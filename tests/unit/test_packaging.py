@@ -47,7 +47,7 @@ def test_extras(requirements):
     assert requirements['mm'] >= {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     assert requirements['yolo'] == {'ultralytics'}
     assert requirements['timm'] == {'timm'}
-    assert requirements['dev'] >= {'pytest', 'ruff'}
+    assert requirements['dev'] >= {'mypy', 'pytest', 'ruff'}
     assert {'mm', 'yolo', 'timm', 'demo', 'dev', 'all'} == set(
         metadata.metadata('kd-plugins').get_all('Provides-Extra')
     )
