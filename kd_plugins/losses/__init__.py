@@ -21,6 +21,7 @@ from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
 from kd_plugins.losses.box_l1 import BoxL1Loss, box_l1
 from kd_plugins.losses.channel_wise import ChannelWiseDivLoss, channel_wise_div
+from kd_plugins.losses.cosine import CosineFeatureLoss, cosine_feature
 from kd_plugins.losses.dist import DISTLoss, dist
 from kd_plugins.losses.dkd import DKDLoss, dkd
 from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
@@ -42,6 +43,7 @@ __all__ = [
     'BoxIoULoss',
     'BoxL1Loss',
     'ChannelWiseDivLoss',
+    'CosineFeatureLoss',
     'DISTLoss',
     'DKDLoss',
     'FeatureMSELoss',
@@ -60,6 +62,7 @@ __all__ = [
     'box_iou',
     'box_l1',
     'channel_wise_div',
+    'cosine_feature',
     'dist',
     'dkd',
     'feature_mse',

@@ -192,7 +192,7 @@ def _check_own(value: Any, where: str) -> None:
 
 def _use_amp(config: Config) -> None:
     wrapper = config.get('optim_wrapper')
-    if not isinstance(wrapper, Mapping):
+    if not isinstance(wrapper, dict):
         raise DistillError('--amp needs an optim_wrapper in the config.')
     kind = wrapper.get('type', 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
