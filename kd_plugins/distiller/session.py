@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.adapters import auto_adapter, describe_adapter
+from kd_plugins.adapters import adapt, auto_adapter, describe_adapter, traits_of
 from kd_plugins.distiller.balance import Balance
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.host import Host, Position
@@ -391,9 +391,10 @@ class Session:
                 )
             else:
                 adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
-            if hasattr(adapter, 'for_shapes'):
-                adapter = adapter.for_shapes(tuple(student.shape), tuple(teacher.shape))
-            built.append(_Identity() if adapter is None else adapter)
+            if adapter is None:
+                built.append(_Identity())
+                continue
+            built.append(traits_of(adapter).for_shapes(tuple(student.shape), tuple(teacher.shape)))
         losses = None
         if term.declared.built_per_level:
             # A loss with parts of its own is built once per level, for what the adapter hands it.
@@ -546,10 +547,7 @@ class Session:
                 with torch.no_grad():
                     teacher = theirs['adapter'](teacher, student)
             if len(adapters):
-                adapter = adapters[level]
-                sized = getattr(adapter, 'needs_image_size', False)
-                more = {'image_size': batch.student.image_size} if sized else {}
-                student = adapter(student, teacher, **more)
+                student = adapt(adapters[level], student, teacher, batch.student.image_size)
             if term.consumes == 'features' and student.dim() == teacher.dim() == 3:
                 # Channels second, as in maps.
                 student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from kd_plugins.losses._common import check_choice, check_positive, describe
+from kd_plugins.losses._dense import Dense
 from kd_plugins.losses.base import DistillLoss
 from kd_plugins.losses.box_iou import BoxIoULoss
 from kd_plugins.losses.box_l1 import BoxL1Loss
 from kd_plugins.losses.localization_distill import LocalizationDistillLoss
-
-if TYPE_CHECKING:
-    from kd_plugins.predictions.dense import DensePredictions
 
 
 class AutoBoxLoss(DistillLoss):
@@ -36,7 +32,7 @@ class AutoBoxLoss(DistillLoss):
         self.temperature = temperature
         self.foreground = foreground
 
-    def for_predictions(self, student: DensePredictions, teacher: DensePredictions) -> nn.Module:
+    def for_predictions(self, student: Dense, teacher: Dense) -> nn.Module:
         """The loss that it stands for.
 
         Args:
@@ -50,7 +46,7 @@ class AutoBoxLoss(DistillLoss):
         kind = BoxIoULoss if student.ltrb is not None and teacher.ltrb is not None else BoxL1Loss
         return kind(foreground=self.foreground)
 
-    def forward(self, student: DensePredictions, teacher: DensePredictions) -> Tensor:
+    def forward(self, student: Dense, teacher: Dense) -> Tensor:
         loss: Tensor = self.for_predictions(student, teacher)(student, teacher)
         return loss
 

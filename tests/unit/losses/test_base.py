@@ -130,7 +130,7 @@ def test_what_the_losses_here_declare():
             'RelationLoss',
         },
         'logits': {'BinaryKLDivLoss', 'DISTLoss', 'DKDLoss', 'HardLabelLoss', 'KLDivLoss', 'OFALoss'},
-        'predictions': {'BoxIoULoss', 'BoxL1Loss', 'LocalizationDistillLoss', 'YOLOLogitLoss'},
+        'predictions': {'AutoBoxLoss', 'BoxIoULoss', 'BoxL1Loss', 'LocalizationDistillLoss', 'YOLOLogitLoss'},
         'segmentation': {'PixelwiseKLDivLoss'},
         'masks': {'MaskKLDivLoss'},
     }
