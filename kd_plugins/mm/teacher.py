@@ -18,18 +18,15 @@ from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules, settle
-from kd_plugins.mm.inputs import TeacherInputs, pixel_format
+from kd_plugins.mm.inputs import TeacherInputs
 from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import (
     FrozenTeacher,
     PixelFormat,
     Resized,
-    build_source,
-    find_source,
     find_weights,
     load_checkpoint,
     load_strictly,
-    teacher_kind,
 )
 
 TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
@@ -70,7 +67,7 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> tuple[Teacher, list[str]]:
+def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
     """Build and completely load a teacher.
 
     Args:
@@ -84,9 +81,6 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     Raises:
         DistillError: Something is missing, misspelt, damaged or does not fit.
     """
-    known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
-    if teacher_kind(cfg) not in (None, 'config'):
-        return build_source(find_source(cfg), known)
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -100,7 +94,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    inputs = teacher_inputs(cfg, known, model, own_size(student))
+    inputs = teacher_inputs(cfg, student, model)
     teacher = FrozenTeacher(
         model,
         run_modules,
@@ -117,9 +111,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     return teacher, notes
 
 
-def teacher_inputs(
-    cfg: Mapping[str, Any], student: Any, model: nn.Module, size_of_student: tuple[int, int] | None = None
-) -> TeacherInputs | Resized:
+def teacher_inputs(cfg: Mapping[str, Any], student: PixelFormat, model: nn.Module) -> TeacherInputs | Resized:
     """What turns the student's batch into the teacher's: another normalisation, and another resolution if asked for.
 
     Classifiers say what size they were made for.
@@ -131,7 +123,7 @@ def teacher_inputs(
     size, scale = cfg.get('input_size'), cfg.get('input_scale')
     if size is None and scale is None:
         own = own_size(model)
-        return inputs if own in (None, size_of_student) else Resized(inputs, own, 'bicubic')
+        return inputs if own in (None, student.size) else Resized(inputs, own, 'bicubic')
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
     if scale is not None:

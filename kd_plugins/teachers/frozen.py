@@ -117,8 +117,9 @@ class FrozenTeacher:
         prepared = self._prepare(inputs, samples)
         with Capture(self.model, modules, 'teacher') as capture:
             capture.image_size = tuple(prepared.shape[-2:]) if isinstance(prepared, Tensor) else None
-            # What pads by itself says so.
-            capture.padded_size = self._run(self.model, prepared, samples, modules)
+            padded = self._run(self.model, prepared, samples, modules)
+        # What pads by itself says so.
+        capture.padded_size = padded if isinstance(padded, tuple) else None
         return capture
 
     def tap(self, tap: Tap) -> Tap:
