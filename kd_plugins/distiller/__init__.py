@@ -1,7 +1,9 @@
 """The engine: taps, terms, schedules, adapters and the summary. Knows torch, losses, adapters and predictions only."""
 
+from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.engine import CannotRunError, Distiller, Position
+from kd_plugins.distiller.optimizer import AdapterOptimizer
 from kd_plugins.distiller.rng import untouched_rng
 from kd_plugins.distiller.summary import summary
 from kd_plugins.distiller.taps import Capture, Tap, find_module, map_tensors
@@ -9,6 +11,8 @@ from kd_plugins.distiller.terms import Term, build_terms
 
 __all__ = [
     'AdapterBank',
+    'AdapterOptimizer',
+    'Apart',
     'CannotRunError',
     'Capture',
     'Distiller',
