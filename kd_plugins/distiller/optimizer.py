@@ -56,7 +56,7 @@ class AdapterOptimizer(Apart):
         bank: The adapters.
         student: The student's optimizer.
         own: The adapters' optimizer.
-        steps: How often the student's optimizer has stepped.
+        steps: How often the student's optimizer was called; fused ones are also for steps that they then skip.
 
     Raises:
         DistillError: The student's optimizer calls no hooks.

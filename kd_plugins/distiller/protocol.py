@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller.taps import Capture
+
+#: ``run(model, inputs, samples, modules)`` runs a model on its processed batch just far enough for some modules (dotted
+#: paths), without decoding, NMS or losses.
+Run = Callable[[nn.Module, Any, Any, Sequence[str]], None]
 
 
 class Teacher(Protocol):
@@ -65,8 +69,13 @@ class Teacher(Protocol):
         """
         ...
 
-    def begin(self, student: nn.Module) -> None:
-        """The run is about to start (or to be resumed): called once, before the first check."""
+    def begin(self, student: nn.Module, run: Run) -> None:
+        """The run is about to start (or to be resumed): called once, before the first check.
+
+        Args:
+            student: The plain student with the weights that it starts from.
+            run: How models like the student are run, for teachers that are made from it.
+        """
         ...
 
     def after_step(self) -> None:
