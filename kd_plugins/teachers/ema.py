@@ -101,10 +101,10 @@ class EMATeacher(ModelTeacher):
         self.updates += 1
         averages, newest = [], []
         for own, theirs, key in self._pairs:
-            average, new = own[key], theirs[key].detach()
+            average, new = own[key], theirs[key]
             if average.is_floating_point():
                 averages.append(average)
-                newest.append(new.to(average))
+                newest.append(new if new.dtype == average.dtype else new.to(average.dtype))
             else:
                 average.copy_(new)
         torch._foreach_lerp_(averages, newest, max(self.momentum, 1 / (self.updates + 1)))
