@@ -56,7 +56,7 @@ class AdapterOptimizer(Apart):
         bank: The adapters.
         student: The student's optimizer.
         own: The adapters' optimizer.
-        steps: How often the student's optimizer has stepped.
+        steps: How often the student's optimizer was called; fused ones are also for steps that they then skip.
 
     Raises:
         DistillError: The student's optimizer calls no hooks.
@@ -85,6 +85,10 @@ class AdapterOptimizer(Apart):
             self._start_equal()
         self.own, self._followed, self._kind = _build(student, self._leader, list(self._parameters.values()))
         self._base = _initial_lr(student.param_groups[self._leader])
+        if not getattr(type(student).step, 'hooked', False):
+            # Optimizers around another one (Lookahead) may skip torch's constructor; until the first `zero_grad` makes
+            # up for it, they call no hooks.
+            student.zero_grad()
         self._handle = student.register_step_post_hook(self._after_step)
         self._wrap_zero_grad()
 

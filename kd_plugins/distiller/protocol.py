@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.taps import Capture, Tap
 from kd_plugins.predictions import Form
 
@@ -26,6 +27,7 @@ class Teacher(Protocol):
         normalization: For the summary: how it is given its images.
         classes: Names of the classes it knows in the order of its outputs, or None when unknown.
         num_classes: How many it predicts, or None when unknown.
+        own_classes: Whether its classes are its own; False: it is made from the student and has those.
         head: Path of the module whose output is what it predicts.
         kind: Key of the ``teacher`` mapping that it came from, ``''`` for others.
         channels: Image channels it takes, or None when unknown.
@@ -38,6 +40,7 @@ class Teacher(Protocol):
     normalization: str
     classes: tuple[str, ...] | None
     num_classes: int | None
+    own_classes: bool
     head: str
     kind: str
     channels: int | None
@@ -74,8 +77,13 @@ class Teacher(Protocol):
         """
         ...
 
-    def begin(self, student: nn.Module) -> None:
-        """The run is about to start (or to be resumed): called once, before the first check."""
+    def begin(self, student: nn.Module, host: Host) -> None:
+        """The run is about to start (or to be resumed): called once, before the taps are looked up.
+
+        Args:
+            student: The plain student with the weights that it starts from.
+            host: How models like the student are run and tapped, for teachers that are made from it.
+        """
         ...
 
     def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:

@@ -101,7 +101,7 @@ class DistillHook(Hook):
         self._refuse_unread(runner, written, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
         build_terms(options.terms, resolver_of(options.imports, find_in_registries))
-        teachers, notes = load_teachers(options.teachers, model, student_format(model))
+        teachers, notes = load_teachers(options.teachers, model, host, student_format(model))
         self.session = open_session(model, teachers, options, host, find_in_registries)
         # First: that a head predicts no classes explains why their numbers differ.
         self.session.check_heads()
@@ -109,7 +109,7 @@ class DistillHook(Hook):
         _refuse_data_set(runner, model, names)
         classes = {}
         for name, teacher in self.session.teachers.items():
-            if self.session.by_class(name):
+            if teacher.own_classes and self.session.by_class(name):
                 classes[name] = pair_classes(
                     names,
                     teacher.classes,

@@ -100,13 +100,14 @@ class RunOptions:
 
 
 def load_teachers(
-    sources: Mapping[str, Any], student: nn.Module, pixels: PixelFormat
+    sources: Mapping[str, Any], student: nn.Module, host: Host, pixels: PixelFormat
 ) -> tuple[dict[str, Teacher], list[str]]:
     """Load the teachers of a run.
 
     Args:
         sources: ``teacher`` mappings by name.
         student: The plain student.
+        host: The framework.
         pixels: What the student's batches look like.
 
     Returns:
@@ -122,7 +123,7 @@ def load_teachers(
             teachers[name], more = build_source(find_source(cfg), pixels)
         except DistillError as error:
             raise DistillError(f'teacher {name!r}: {error}' if name else str(error)) from error
-        teachers[name].begin(student)
+        teachers[name].begin(student, host)
         notes += more
     return teachers, notes
 

@@ -141,7 +141,7 @@ class DistillCallback:
         names = class_names(trainer.data.get('names'))
         classes = {}
         for name, teacher in session.teachers.items():
-            if session.by_class(name):
+            if teacher.own_classes and session.by_class(name):
                 classes[name] = pair_classes(
                     names,
                     teacher.classes,
@@ -226,7 +226,7 @@ class DistillCallback:
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
         early = self.options.expand(**facts, masks=readable(head, MaskPredictions))
         build_terms(early.terms, resolver_of(early.imports))
-        teachers, notes = load_teachers(early.teachers, student, ULTRALYTICS)
+        teachers, notes = load_teachers(early.teachers, student, host, ULTRALYTICS)
         masks = readable(head, MaskPredictions) and all(
             readable(find_module(t.model, t.head, 'teacher'), MaskPredictions) for t in teachers.values()
         )
