@@ -4,7 +4,7 @@ from kd_plugins.teachers.checkpoints import find_weights, load_checkpoint
 from kd_plugins.teachers.frozen import FrozenTeacher
 from kd_plugins.teachers.loading import load_strictly
 from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, create_network, data_config
-from kd_plugins.teachers.pixels import ULTRALYTICS, PixelFormat, Renormalize, Resized
+from kd_plugins.teachers.pixels import ULTRALYTICS, Padding, PixelFormat, Renormalize, Resized
 from kd_plugins.teachers.sources import build_source, find_source, register_teacher, teacher_kind
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     'ClassifierNetwork',
     'DataConfig',
     'FrozenTeacher',
+    'Padding',
     'PixelFormat',
     'Renormalize',
     'Resized',

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller.taps import Capture
+from kd_plugins.distiller.taps import Capture, map_tensors
+from kd_plugins.teachers.pixels import Padding
 
 
 def _nothing() -> None:
@@ -36,6 +39,7 @@ class FrozenTeacher:
         head: Path of the module whose output is what it predicts.
         kind: Key of the ``teacher`` mapping that it came from, ``''`` for others.
         channels: Image channels it takes, or None when unknown.
+        padding: What its network needs beyond ``prepare``; taken off its outputs again.
     """
 
     mode = 'frozen, evaluation mode'
@@ -54,10 +58,11 @@ class FrozenTeacher:
         head: str = '',
         kind: str = '',
         channels: int | None = 3,
+        padding: Padding | None = None,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         self._run = run
-        self._prepare = prepare
+        self._prepare, self._padding = prepare, padding
         self.name = name
         self.checkpoint = checkpoint
         self.normalization = normalization
@@ -109,10 +114,19 @@ class FrozenTeacher:
         ``no_grad`` and not ``inference_mode``: feature losses fail on inference tensors.
         """
         modules = tuple(dict.fromkeys(modules))
-        prepared = self._prepare(inputs, samples)
+        prepared = inside = self._prepare(inputs, samples)
+        if self._padding is not None:
+            prepared = self._padding(inside)
         with Capture(self.model, modules, 'teacher') as capture:
-            capture.image_size = tuple(prepared.shape[-2:]) if isinstance(prepared, Tensor) else None
+            capture.image_size = tuple(inside.shape[-2:]) if isinstance(inside, Tensor) else None
             self._run(self.model, prepared, samples, modules)
+        if prepared is not inside:
+            sizes = dict(padded=tuple(prepared.shape[-2:]), inside=capture.image_size)
+            cut = functools.partial(self._padding.cut, **sizes)
+            for path, calls in capture.calls.items():
+                # (B, heads, N, N) attention is no map, whatever N is.
+                if path not in capture.attention:
+                    capture.calls[path] = [replace(call, output=map_tensors(call.output, cut)) for call in calls]
         return capture
 
     def begin(self, student: nn.Module) -> None:
