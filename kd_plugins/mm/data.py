@@ -1,4 +1,4 @@
-"""What a run's data set holds, through whatever wraps it: class names and pipelines."""
+"""What a data set holds, through whatever wraps it: class names and pipelines."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ def pipelines(dataset: Any) -> list[list[Any]]:
     """The transforms that images go through, one list for every data set that is no wrapper.
 
     Args:
-        dataset: Any data set of a Runner.
+        dataset: Any data set of a Runner, or its config.
 
     Returns:
-        Lists of transforms in order, those of the wrappers last; empty lists where a data set shows none.
+        Lists of transforms (or their configs) in order, those of the wrappers last; empty lists where a data set shows
+        none.
     """
-    own = _steps(getattr(dataset, 'pipeline', None))
+    own = _steps(_get(dataset, 'pipeline'))
     members = list(_members(dataset))
     if not members:
         return [own]
@@ -71,13 +72,17 @@ def _steps(pipeline: Any) -> list[Any]:
 
 def _members(dataset: Any) -> Iterator[Any]:
     """What a wrapper wraps; nothing for a data set itself."""
-    several = getattr(dataset, 'datasets', None)
+    several = _get(dataset, 'datasets')
     if isinstance(several, Sequence) and not isinstance(several, str):
         yield from several
         return
-    one = getattr(dataset, 'dataset', None)
+    one = _get(dataset, 'dataset')
     if one is not None and hasattr(one, '__getitem__'):
         yield one
+
+
+def _get(dataset: Any, key: str) -> Any:
+    return dataset.get(key) if isinstance(dataset, Mapping) else getattr(dataset, key, None)
 
 
 def _title(dataset: Any) -> str:
