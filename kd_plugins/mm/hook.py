@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Distiller, Position, map_tensors, summary
 from kd_plugins.errors import DistillError
+from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import BANK, HOOK_LINES, DistillMixin
+from kd_plugins.mm.example import example_batch
+from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.setup import build_distiller, check_options, dry_run, schedule_text, unit_of
 from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher, is_classifier, num_classes
 from kd_plugins.predictions import match_classes
@@ -92,7 +95,11 @@ class DistillHook(Hook):
         check_options(options)
         self._refuse_self_teaching(runner, model, options)
         self._refuse_unread(runner, options, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
-        teacher, notes = build_teacher(options['teacher'], model)
+        example = example_batch(runner, model)
+        batch = example[0]
+        dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
+        pixels = student_format(model, pipelines(dataset), batch.shape[1] if isinstance(batch, Tensor) else None)
+        teacher, notes = build_teacher(options['teacher'], model, pixels)
         held = getattr(model, BANK, None)
         self.distiller = build_distiller(model, teacher, options, held)
         # First: that a head predicts no classes explains why their numbers differ.
@@ -106,7 +113,7 @@ class DistillHook(Hook):
                 student_count=num_classes(model),
                 teacher_count=teacher.num_classes,
             )
-        rows = dry_run(self.distiller)
+        rows = dry_run(self.distiller, example=example)
         if held is None and any(True for _ in self.distiller.bank.parameters()):
             raise DistillError(_model_form_lines(self.distiller))
         unit, _, total = unit_of(runner)
@@ -302,9 +309,7 @@ def _total(losses: Mapping[str, Any]) -> Tensor:
 
 
 def _dataset_classes(runner: Any) -> tuple | None:
-    dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
-    names = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-    return None if names is None or isinstance(names, str) else tuple(names)
+    return class_names(getattr(runner.train_loop.dataloader, 'dataset', None))
 
 
 def _classes_text(student: Any, teacher: Any, distiller: Distiller) -> str:

@@ -106,7 +106,7 @@ def _refuse_others(teacher: Teacher) -> None:
         )
 
 
-def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
+def dry_run(distiller: Distiller, check_values: bool = True, example: Any = None) -> list[Row]:
     """Run student and teacher once on a grey image with some noise and check every term; nothing changes.
 
     Classifiers run at the size they are trained at.
@@ -114,10 +114,14 @@ def dry_run(distiller: Distiller, check_values: bool = True) -> list[Row]:
     Args:
         distiller: The engine.
         check_values: False where the teacher's weights are random, so that NaN or infinity means nothing.
+        example: A real batch instead, ``(inputs, data_samples)``.
 
     Raises:
         DistillError: A tap does not run, shapes do not fit, or the teacher returns NaN.
     """
+    if example is not None:
+        with untouched_rng():
+            return distiller.dry_run(*example, run_modules, check_values=check_values)
     first = next(distiller.student.parameters())
     preprocessor = getattr(distiller.student, 'data_preprocessor', None)
     channels = len(pixel_format(preprocessor).mean)

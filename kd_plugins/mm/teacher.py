@@ -76,7 +76,9 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> tuple[Teacher, list[str]]:
+def build_teacher(
+    cfg: Mapping[str, Any], student: nn.Module | PixelFormat, pixels: PixelFormat | None = None
+) -> tuple[Teacher, list[str]]:
     """Build and completely load a teacher.
 
     Args:
@@ -84,6 +86,7 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
             input_scale=None, pixel_format=None)``, or the ``teacher`` of another framework, e.g.
             ``dict(ultralytics='x.pt')``.
         student: The student, whose ``data_preprocessor`` says how its inputs are normalised; or the format itself.
+        pixels: The format of the student's batches, where it is known better.
 
     Returns:
         The teacher and notes for the summary.
@@ -91,7 +94,10 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     Raises:
         DistillError: Something is missing, misspelt, damaged or does not fit.
     """
-    known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
+    known = pixels
+    if known is None:
+        preprocessor = getattr(student, 'data_preprocessor', None)
+        known = student if isinstance(student, PixelFormat) else pixel_format(preprocessor)
     if teacher_kind(cfg) not in (None, 'config'):
         kind = (
             'classifier' if is_classifier(student) else 'segmentor' if hasattr(student, 'decode_head') else 'detector'
