@@ -66,4 +66,4 @@ class AdapterChain(nn.Sequential):
             if getattr(adapter, 'needs_image_size', False):
                 # What comes out depends on the image, which a description is not told.
                 student_shape = ()
-        return ', '.join(words)
+        return ', '.join(word for word in words if word != 'none') or 'none'
