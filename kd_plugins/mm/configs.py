@@ -13,7 +13,6 @@ from mmengine.config import Config, ConfigDict
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.type_names import type_name
 
-
 #: MMEngine's initialiser from a file, by its name in the registry and as a class.
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 

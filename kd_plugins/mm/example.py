@@ -28,7 +28,7 @@ LARGE_ARRAY, LARGE_COLLECTION = 65536, 1000
 #: white noise: detectors that were trained on pictures answer it with logits in the hundreds, and boxes decoded from
 #: those are infinite. Flat grey is what they are padded with.
 GREY, NOISE = 114.0, 20.0
-#: ``(height, width)`` of such a picture in pixels where nothing else is known: every pyramid up to stride 128 has a cell.
+#: ``(height, width)`` of such a picture where nothing else is known: every pyramid up to stride 128 has a cell.
 SIZE = (256, 256)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from torch import Tensor, nn
 
 from kd_plugins.distiller import untouched_rng
@@ -117,7 +118,8 @@ def teacher_format(
                 f'its pipelines normalise in different ways, for training {formats[_TRAINED]}, for testing '
                 f'{formats[_TESTED]}'
             )
-        if not known and not (config.model.get('data_preprocessor') or config.get('data_preprocessor')):
+        if not known and type(preprocessor) is BaseDataPreprocessor:
+            # What a model gets that is told of none.
             raise UnreadableError('it has neither a data_preprocessor nor a pipeline')
         return known.pop() if known else _format(preprocessor, (), channels), channels
     except UnreadableError as error:
