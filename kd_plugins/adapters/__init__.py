@@ -10,7 +10,7 @@ with the student and need the model form; the others have none. Adapters are thr
 
     from kd_plugins.adapters import adapt, auto_adapter, describe_adapter
 
-    adapter = auto_adapter(student.shape, teacher.shape)       # None when the shapes are equal
+    adapter = auto_adapter(student.shape, teacher.shape)       # None for tokens and vectors of equal shapes
     print(describe_adapter(adapter, student.shape, teacher.shape))
     adapted = student if adapter is None else adapt(adapter, student, teacher)
 

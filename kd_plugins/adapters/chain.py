@@ -67,4 +67,4 @@ class AdapterChain(Adapter, nn.Sequential):
             if traits_of(adapter).needs_image_size:
                 # What comes out depends on the image, which a description is not told.
                 student_shape = ()
-        return ', '.join(words)
+        return ', '.join(word for word in words if word != 'none') or 'none'

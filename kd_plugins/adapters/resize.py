@@ -70,8 +70,13 @@ class ResizeAdapter(Adapter):
         return resize(student, teacher.shape[-2:])
 
     def describe(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> str:
-        """In words, e.g. ``'resize 10x10->20x20'``, or ``'resize to 20x20'`` where the student's grid is not known."""
+        """In words, e.g. ``'resize 10x10->20x20'``, ``'resize to 20x20'`` where the student's grid is not known.
+
+        ``'none'`` where the grids are equal.
+        """
         height, width = teacher_shape[-2:]
+        if tuple(student_shape[2:]) == (height, width):
+            return 'none'
         if len(student_shape) != 4:
             return f'resize to {height}x{width}'
         return f'resize {student_shape[-2]}x{student_shape[-1]}->{height}x{width}'

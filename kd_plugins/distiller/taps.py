@@ -164,8 +164,6 @@ class Capture:
         calls: The recorded calls by path, in order.
         attention: The attention modules whose probabilities are tapped, by the tap's path (``'...attn.attn_drop'``).
         image_size: ``(H, W)`` in pixels of the batch that the model was given, or None when unknown.
-        padded_size: ``(H, W)`` that the model padded it to by itself, to the right and below; None: it did not. What
-            padding added is cut off the maps.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], where: str) -> None:
@@ -178,7 +176,6 @@ class Capture:
         }
         self.calls: dict[str, list[Call]] = {}
         self.image_size: tuple[int, int] | None = None
-        self.padded_size: tuple[int, int] | None = None
         self._saved: list[tuple[nn.Module, str, Any]] = []
 
     def open(self) -> Capture:
@@ -256,7 +253,7 @@ class Capture:
             DistillError: The module did not run, returned no tensor, or the index is out of range.
         """
         calls = (call for path in tap.modules for call in self._fired(path))
-        found = [self._without_padding(t) for call in calls for t in tensors_in(call.output)]
+        found = [t for call in calls for t in tensors_in(call.output)]
         if not found:
             raise DistillError(f'{self.where} module {tap.module!r} returned no tensor; tap another module.')
         if tap.index is None:
@@ -267,13 +264,6 @@ class Capture:
                 f'(0 to {len(found) - 1}).'
             )
         return [found[tap.index]]
-
-    def _without_padding(self, tensor: Tensor) -> Tensor:
-        if self.padded_size is None or self.image_size is None or tensor.dim() != 4:
-            return tensor
-        sizes = zip(tensor.shape[-2:], self.image_size, self.padded_size, strict=True)
-        height, width = (-(-cells * inner // outer) for cells, inner, outer in sizes)
-        return tensor[..., :height, :width]
 
     def _fired(self, path: str) -> list[Call]:
         calls = self.calls.get(path)

@@ -13,12 +13,14 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import get_object_from_string
 
 import kd_plugins
 from kd_plugins import registry as ours
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, plain_model
 from kd_plugins.teachers.run import KEYS
+from kd_plugins.type_names import type_name
 
 EXPORTED = ('.pt2', '.torchscript')
 #: Files that hold a whole model.
@@ -160,7 +162,8 @@ def _check_types(config: Config) -> None:
         with registry.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as scope:
             if scope.get(name) is None:
                 raise DistillError(f'{where} has no type {name!r}; did you mean {right!r}?')
-    _check_own(config.to_dict(), '')
+    # Not `to_dict`, which writes the classes of pure-Python configs as strings.
+    _check_own(dict(config.items()), '')
 
 
 def _check_own(value: Any, where: str) -> None:
@@ -175,13 +178,11 @@ def _check_own(value: Any, where: str) -> None:
         if key != 'terms':
             _check_own(item, f'{where}.{key}' if where else str(key))
     name = value.get('type')
-    if not isinstance(name, str) or not name.startswith('kd_plugins.'):
+    own = _find_own(name, where)
+    if own is None:
         return
-    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
-    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
-    if name not in known:
-        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
-    taken = inspect.signature(known[name]).parameters
+    name = name if isinstance(name, str) else f'kd_plugins.{type_name(name)}'
+    taken = inspect.signature(own).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         check_keys((k for k in value if k not in ('type', '_scope_')), taken, f'{where} ({name})')
     for key, parameter in taken.items():
@@ -190,11 +191,30 @@ def _check_own(value: Any, where: str) -> None:
             raise DistillError(f'{where} ({name}) needs {key!r}.')
 
 
+def _find_own(name: Any, where: str) -> Callable[..., Any] | None:
+    """What a ``type`` of ours builds; None for others'.
+
+    Raises:
+        DistillError: It would be one of ours, but there is none of that name.
+    """
+    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
+    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
+    if not isinstance(name, str):
+        return name if name in known.values() else None
+    if not name.startswith('kd_plugins.'):
+        return None
+    # A whole path is what MMEngine dumps of a class.
+    found = known.get(name) or get_object_from_string(name)
+    if found is None:
+        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
+    return found if found in known.values() else None
+
+
 def _use_amp(config: Config) -> None:
     wrapper = config.get('optim_wrapper')
     if not isinstance(wrapper, dict):
         raise DistillError('--amp needs an optim_wrapper in the config.')
-    kind = wrapper.get('type', 'OptimWrapper')
+    kind = type_name(wrapper.get('type', 'OptimWrapper'))
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise DistillError(f'--amp can change an OptimWrapper only, this config uses {kind!r}.')
     wrapper['type'] = 'AmpOptimWrapper'

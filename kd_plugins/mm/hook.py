@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, summary
+from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, summary, untouched_rng
 from kd_plugins.distiller.summary import classes_text, schedule_text
 from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError
-from kd_plugins.mm.check import check_session
+from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
+from kd_plugins.mm.example import example_batch
 from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
@@ -59,6 +61,7 @@ class DistillHook(Hook):
             None: the model's own losses stay as they are, and the terms' weights say it all.
         class_map: ``{student name: teacher name}`` where classes have other names.
         imports: Modules of your own losses and the like.
+        pixel_format: ``dict(mean=, std=, rgb=, pad=)`` of the student's batches, where it cannot be established.
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
 
@@ -96,12 +99,17 @@ class DistillHook(Hook):
         self._refuse_custom_hooks(runner)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         written = self._resolve_options(model)
+        pixel_format = written.pop('pixel_format', None)
         host = MMHost(model)
         options = RunOptions.read(written, host.task.name)
         self._refuse_unread(runner, written, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
         build_terms(options.terms, resolver_of(options.imports, find_in_registries))
-        teachers, notes = load_teachers(options.teachers, model, host, student_format(model))
+        example = example_batch(runner, model)
+        dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
+        channels = example[0].shape[1] if isinstance(example[0], Tensor) else None
+        pixels = student_format(model, pipelines(dataset), channels, pixel_format)
+        teachers, notes = load_teachers(options.teachers, model, host, replace(pixels, size=host.task.size(model)))
         self.session = open_session(model, teachers, options, host, find_in_registries)
         # First: that a head predicts no classes explains why their numbers differ.
         self.session.check_heads()
@@ -118,7 +126,8 @@ class DistillHook(Hook):
                     teacher_count=teacher.num_classes,
                 )
         self.session.set_classes(classes)
-        rows = check_session(self.session, model)
+        with untouched_rng():
+            rows = self.session.check(*example)
         unit, _, total = unit_of(runner)
         if self.session.window.start >= total:
             raise DistillError(
@@ -314,6 +323,4 @@ def _total(losses: Mapping[str, Any]) -> Tensor:
 
 
 def _dataset_classes(runner: Any) -> tuple | None:
-    dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
-    names = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-    return None if names is None or isinstance(names, str) else tuple(names)
+    return class_names(getattr(runner.train_loop.dataloader, 'dataset', None))

@@ -18,10 +18,11 @@ from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules, settle
-from kd_plugins.mm.inputs import TeacherInputs
+from kd_plugins.mm.inputs import TeacherInputs, teacher_format
 from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import (
     FrozenTeacher,
+    Padding,
     PixelFormat,
     Resized,
     find_weights,
@@ -29,7 +30,9 @@ from kd_plugins.teachers import (
     load_strictly,
 )
 
-TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
+TEACHER_KEYS = (
+    'config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale', 'pixel_format',
+)  # fmt: skip
 #: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
 MIN_SIDE = 32
 #: Where models of the MM family have what predicts.
@@ -56,6 +59,9 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     config = load_config(cfg['config'])
     # Heads write into the config they are built from.
     model_cfg = without_pretrained(plain_model(copy.deepcopy(config.model)))
+    if config.get('data_preprocessor'):
+        # As the Runner does.
+        model_cfg.setdefault('data_preprocessor', copy.deepcopy(config.data_preprocessor))
     name = config_name(cfg)
     with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
         try:
@@ -72,8 +78,10 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
 
     Args:
         cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=(), input_size=None,
-            input_scale=None)``, or the ``teacher`` of another framework, e.g. ``dict(ultralytics='x.pt')``.
+            input_scale=None, pixel_format=None)``, or the ``teacher`` of another framework, e.g.
+            ``dict(ultralytics='x.pt')``.
         student: The student, whose ``data_preprocessor`` says how its inputs are normalised; or the format itself.
+        pixels: The format of the student's batches, where it is known better.
 
     Returns:
         The teacher and notes for the summary.
@@ -94,7 +102,8 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    inputs = teacher_inputs(cfg, student, model)
+    theirs, channels = teacher_format(model, config, student, cfg.get('pixel_format'))
+    inputs = teacher_inputs(cfg, student, theirs, own_size(model), channels)
     teacher = FrozenTeacher(
         model,
         run_modules,
@@ -107,22 +116,34 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
         head=task_of(model).head,
         resolve=settle,
         kind='config',
+        channels=channels,
+        padding=teacher_padding(student, theirs, inputs),
     )
     return teacher, notes
 
 
-def teacher_inputs(cfg: Mapping[str, Any], student: PixelFormat, model: nn.Module) -> TeacherInputs | Resized:
+def teacher_inputs(
+    cfg: Mapping[str, Any],
+    student: PixelFormat,
+    teacher: PixelFormat,
+    own: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> TeacherInputs | Resized:
     """What turns the student's batch into the teacher's: another normalisation, and another resolution if asked for.
 
-    Classifiers say what size they were made for.
+    Args:
+        cfg: The ``teacher`` mapping.
+        student: What the student is given.
+        teacher: What the teacher was given.
+        own: The size that the teacher was made for, where it was made for one.
+        channels: How many the teacher takes, None when unknown.
 
     Raises:
         DistillError: ``input_size`` or ``input_scale`` is no size or factor, or both are given.
     """
-    inputs = TeacherInputs(student, getattr(model, 'data_preprocessor', None))
+    inputs = TeacherInputs(student, teacher, channels)
     size, scale = cfg.get('input_size'), cfg.get('input_scale')
     if size is None and scale is None:
-        own = own_size(model)
         return inputs if own in (None, student.size) else Resized(inputs, own, 'bicubic')
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
@@ -141,6 +162,12 @@ def teacher_inputs(cfg: Mapping[str, Any], student: PixelFormat, model: nn.Modul
             f'{size!r}.'
         )
     return Resized(inputs, (sides[0], sides[1]))
+
+
+def teacher_padding(student: PixelFormat, teacher: PixelFormat, inputs: TeacherInputs | Resized) -> Padding | None:
+    """What pads the teacher's batch to the multiples that it was trained on, where the student's need not be any."""
+    fits = student.divisor % teacher.divisor == 0 and not isinstance(inputs, Resized)
+    return None if fits else Padding(teacher.divisor, teacher.pad)
 
 
 def config_name(cfg: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from kd_plugins.teachers.checkpoints import find_weights, load_checkpoint
 from kd_plugins.teachers.frozen import FrozenTeacher
 from kd_plugins.teachers.loading import load_strictly
 from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, create_network, data_config
-from kd_plugins.teachers.pixels import ULTRALYTICS, PixelFormat, Renormalize, Resized
+from kd_plugins.teachers.pixels import ULTRALYTICS, Padding, PixelFormat, Renormalize, Resized
 from kd_plugins.teachers.sources import build_source, find_source, register_teacher, teacher_kind
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     'DataConfig',
     'FrozenTeacher',
     'ModelTeacher',
+    'Padding',
     'PixelFormat',
     'Renormalize',
     'Resized',

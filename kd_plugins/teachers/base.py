@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.distiller.taps import Capture, Tap
+from kd_plugins.distiller.taps import Capture, Tap, map_tensors
 from kd_plugins.predictions import Form
+from kd_plugins.teachers.pixels import Padding
 
 #: ``run(model, inputs, samples, modules)`` runs a model on its processed batch just far enough for some modules (dotted
 #: paths), without decoding, NMS or losses.
@@ -39,6 +42,7 @@ class ModelTeacher(Apart):
             ``head``, everything else is a module.
         kind: Key of the ``teacher`` mapping that it came from, ``''`` for others.
         channels: Image channels it takes, or None when unknown.
+        padding: What its network needs beyond ``prepare``; taken off its outputs again.
     """
 
     mode = 'evaluation mode'
@@ -59,9 +63,10 @@ class ModelTeacher(Apart):
         resolve: Callable[[nn.Module, Tap, str], Tap] | None = None,
         kind: str = '',
         channels: int | None = 3,
+        padding: Padding | None = None,
     ) -> None:
         self._hold(model, run)
-        self._prepare = prepare
+        self._prepare, self._padding = prepare, padding
         self.name = name
         self.checkpoint = checkpoint
         self.normalization = normalization
@@ -109,11 +114,23 @@ class ModelTeacher(Apart):
         ``no_grad`` and not ``inference_mode``: feature losses fail on inference tensors.
         """
         modules = tuple(dict.fromkeys(modules))
-        prepared = self._prepare(inputs, samples)
+        prepared = inside = self._prepare(inputs, samples)
+        if self._padding is not None:
+            prepared = self._padding(inside)
         with Capture(self.model, modules, 'teacher') as capture:
-            capture.image_size = tuple(prepared.shape[-2:]) if isinstance(prepared, Tensor) else None
+            capture.image_size = tuple(inside.shape[-2:]) if isinstance(inside, Tensor) else None
             self._run(self.model, prepared, samples, modules)
+        if prepared is not inside:
+            self._cut(capture, tuple(prepared.shape[-2:]))
         return capture
+
+    def _cut(self, capture: Capture, padded: tuple[int, int]) -> None:
+        """Take off the outputs what padding added."""
+        cut = functools.partial(self._padding.cut, padded=padded, inside=capture.image_size)
+        for path, calls in capture.calls.items():
+            # (B, heads, N, N) attention is no map, whatever N is.
+            if path not in capture.attention:
+                capture.calls[path] = [replace(call, output=map_tensors(call.output, cut)) for call in calls]
 
     def tap(self, tap: Tap) -> Tap:
         """The tap that is meant by a name, see `Teacher.tap`."""

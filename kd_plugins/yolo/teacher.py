@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from kd_plugins.distiller import Tap, untouched_rng
+from kd_plugins.distiller import Capture, Tap, untouched_rng
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.predictions import Form, MaskPredictions
-from kd_plugins.teachers import ULTRALYTICS, FrozenTeacher, PixelFormat, Renormalize, Resized
+from kd_plugins.teachers import ULTRALYTICS, FrozenTeacher, Padding, PixelFormat, Renormalize, Resized
 from kd_plugins.yolo.heads import (
     BRANCHES,
     SUPPORTED,
@@ -120,10 +119,22 @@ class UltralyticsTeacher(FrozenTeacher):
 
     def __init__(self, model: nn.Module, prepare: Any, branch: str = BRANCHES[0], **facts: Any) -> None:
         resolve = functools.partial(ultralytics_tap, branch=branch)
-        run = _run if is_classifier(model) else functools.partial(_run_dense, _largest_stride(model))
-        super().__init__(model, run, prepare, head=head_path(model), resolve=resolve, kind='ultralytics', **facts)
+        # A pyramid that is deeper than the student's needs sides that its largest stride divides.
+        padding = None if is_classifier(model) else Padding(_largest_stride(model), GREY)
+        super().__init__(
+            model, _run, prepare, head=head_path(model), resolve=resolve, kind='ultralytics', padding=padding, **facts
+        )
         if not is_classifier(model):
             _run_raw(head_of(model), (branch,), False)
+
+    def _cut(self, capture: Capture, padded: tuple[int, int]) -> None:
+        # Its flat predictions know their levels.
+        calls = capture.calls.pop(self.head, None)
+        super()._cut(capture, padded)
+        if calls:
+            head = head_of(self.model)
+            cut = {b: _without_padding(head, raw, padded, capture.image_size) for b, raw in calls[0].output.items()}
+            capture.put(self.head, cut, calls[0].training)
 
     def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
         """Compute the branches of the head that are tapped, and masks where they are compared."""
@@ -241,19 +252,6 @@ def _run(model: nn.Module, inputs: Tensor, samples: Any, modules: Sequence[str])
     model(inputs)
 
 
-def _run_dense(
-    stride: int, model: nn.Module, inputs: Tensor, samples: Any, modules: Sequence[str]
-) -> tuple[int, int] | None:
-    # A pyramid that is deeper than the student's needs sides that its largest stride divides.
-    h, w = inputs.shape[-2:]
-    right, below = -w % stride, -h % stride
-    padded = (h + below, w + right) if right or below else None
-    # `_raw_forward` takes the cells that padding added off again.
-    head_of(model).kd_padded = ((h, w), padded) if padded else None
-    model(pad(inputs, (0, right, 0, below), value=GREY) if padded else inputs)
-    return padded
-
-
 def _largest_stride(model: nn.Module) -> int:
     return int(max(strides_of(head_of(model))))
 
@@ -270,7 +268,6 @@ def _run_raw(head: nn.Module, branches: tuple[str, ...], masks: bool) -> None:
     """Let this private copy of a head return its raw predictions, without decoding, top-k or keypoints."""
     have = [b for b in BRANCHES if _has_branch(head, b)]
     wanted = [b for b in branches if b in have] or have[:1]
-    head.kd_padded = None
     head.forward = functools.partial(_raw_forward, head, tuple(wanted), masks)
 
 
@@ -295,7 +292,7 @@ def _raw_forward(head: nn.Module, branches: tuple[str, ...], masks: bool, x: lis
         found = {'boxes': raw['boxes'], 'scores': raw['scores'], 'feats': [f[:, :0] for f in x], **extra}
         if masks:
             found['mask_coefficient'] = raw['mask_coefficient']
-        result[branch] = _without_padding(head, found) if head.kd_padded else found
+        result[branch] = found
     return result
 
 
@@ -305,11 +302,13 @@ def _prototypes(head: nn.Module, x: list[Tensor]) -> Tensor:
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
-def _without_padding(head: nn.Module, raw: dict[str, Any]) -> dict[str, Any]:
-    (h, w), (padded, _) = head.kd_padded
+def _without_padding(
+    head: nn.Module, raw: dict[str, Any], padded: tuple[int, int], inside: tuple[int, int]
+) -> dict[str, Any]:
+    h, w = inside
     sizes, strides = [tuple(f.shape[-2:]) for f in raw['feats']], list(strides_of(head))
     result = crop_levels(raw, sizes, strides, {s: (math.ceil(h / s), math.ceil(w / s)) for s in strides})
     if 'proto' in raw:
-        stride = padded / raw['proto'].shape[-2]
+        stride = padded[0] / raw['proto'].shape[-2]
         result = {**result, 'proto': raw['proto'][..., : math.ceil(h / stride), : math.ceil(w / stride)]}
     return result

@@ -31,7 +31,7 @@ def run(model, inputs, samples, modules):
 def begun(student=None, momentum=0.001):
     student = network() if student is None else student
     teacher = EMATeacher(momentum)
-    teacher.begin(student, run)
+    teacher.begin(student, HOST)
     return student, teacher
 
 
@@ -237,7 +237,7 @@ def test_copies_share_it_and_pickles_leave_it_out():
     assert pickle.loads(pickle.dumps(student)).teacher is None
     assert not any('teacher' in k for k in student.state_dict())
     # Of a student that holds the last one.
-    teacher.begin(student, run)
+    teacher.begin(student, HOST)
     assert teacher.updates == 0
 
 
@@ -270,7 +270,7 @@ def test_built_from_a_config():
     assert teacher_kind(cfg) == 'ema'
     teacher, notes = build_source(find_source(cfg), PixelFormat())
     assert isinstance(teacher, EMATeacher) and teacher.momentum == 0.01 and not notes
-    teacher.begin(network(), run)
+    teacher.begin(network(), HOST)
     assert outputs(teacher, torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
 
 
