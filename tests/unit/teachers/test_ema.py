@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import AdapterBank, AdapterOptimizer, Apart
+from kd_plugins.distiller import AdapterBank, AdapterOptimizer, Apart, Host
 from kd_plugins.errors import DistillError
 from kd_plugins.teachers import PixelFormat, build_source, find_source, teacher_kind
 from kd_plugins.teachers.ema import EMATeacher
@@ -26,6 +26,10 @@ def network():
 
 def run(model, inputs, samples, modules):
     model(inputs)
+
+
+HOST = Host()
+HOST.run = run
 
 
 def begun(student=None, momentum=0.001):
