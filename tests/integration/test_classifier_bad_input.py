@@ -1165,7 +1165,7 @@ CASES = [
         term(),
         'model.checkpoint',
         'does not fit ResNet',
-        'check model and its options',
+        'check model.model with its options',
         edit=starts_from(weights_of('vit')),
     ),
     case('start damaged', term(), 'model.checkpoint', 'not a readable checkpoint', edit=starts_from(half)),
