@@ -27,7 +27,8 @@ def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
     close = difflib.get_close_matches(str(value), names, count, 0.6)
     if close:
         return 'did you mean ' + ' or '.join(repr(c) for c in close) + '?'
-    shown, room = [], 300
+    shown: list[str] = []
+    room = 300
     for name in names[:20]:
         room -= len(name)
         if shown and room < 0:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kd_plugins.adapters._common import check_integers, check_switches
+from kd_plugins.adapters._common import check_switches
 from kd_plugins.adapters.chain import AdapterChain
 from kd_plugins.adapters.conv import ConvAdapter
 from kd_plugins.adapters.linear import LinearAdapter
@@ -22,7 +22,6 @@ def auto_adapter(
     *,
     norm: bool = False,
     channels: bool = True,
-    prefix_tokens: int | None = None,
 ) -> nn.Module | None:
     """Build the adapter that brings the student's features to the teacher's shape.
 
@@ -31,8 +30,6 @@ def auto_adapter(
         teacher_shape: The same of the teacher: ``(B, C', H', W')``, ``(B, N, C')``, ``(B, C')``.
         norm: A `ConvAdapter` gets a BatchNorm2d. Default: False.
         channels: Bring the channels together; False leaves them, for losses that compare no channels. Default: True.
-        prefix_tokens: For `as_map`, which a caller with the image size applies first where one side is no map or the
-            token counts differ; accepted so that one ``dict(type='auto', ...)`` serves both. Default: None.
 
     Returns:
         For maps a `ResizeAdapter`, and a chain with a `ConvAdapter` when the channels differ; for tokens and vectors
@@ -50,8 +47,6 @@ def auto_adapter(
     """
     student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
     check_switches('auto adapter', norm=norm, channels=channels)
-    if prefix_tokens is not None:
-        check_integers('auto adapter', 0, prefix_tokens=prefix_tokens)
     if norm and not channels:
         raise DistillError(
             'auto adapter: norm=True goes with the convolution that channels=False leaves out; remove one of them.'

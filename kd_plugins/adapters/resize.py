@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from kd_plugins.adapters.base import Adapter
 from kd_plugins.errors import DistillError
 
 
@@ -37,7 +38,7 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     return features if factors == (1, 1) else avg_pool2d(features, factors)
 
 
-class ResizeAdapter(nn.Module):
+class ResizeAdapter(Adapter):
     """Resampling of the student's map to the teacher's grid (see `resize`); no parameters.
 
     The grid is the teacher's at every call, because multi-scale training changes the input size.

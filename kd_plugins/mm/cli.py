@@ -10,23 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import get_object_from_string
 
 import kd_plugins
 from kd_plugins import registry as ours
-from kd_plugins.distiller import build_terms, untouched_rng
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.setup import DISTILL_KEYS, build_bank, check_options, find_in_registries
+from kd_plugins.mm.configs import load_config, plain_model
+from kd_plugins.teachers.run import KEYS
 from kd_plugins.type_names import type_name
 
 EXPORTED = ('.pt2', '.torchscript')
 #: Files that hold a whole model.
 WITH_WEIGHTS = ('.pt', *EXPORTED)
-RECIPE_KEYS = tuple(k for k in DISTILL_KEYS if k != 'teacher')
+RECIPE_KEYS = tuple(k for k in KEYS if k not in ('teacher', 'teachers', 'recipe'))
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -213,7 +212,7 @@ def _find_own(name: Any, where: str) -> Callable[..., Any] | None:
 
 def _use_amp(config: Config) -> None:
     wrapper = config.get('optim_wrapper')
-    if not isinstance(wrapper, Mapping):
+    if not isinstance(wrapper, dict):
         raise DistillError('--amp needs an optim_wrapper in the config.')
     kind = type_name(wrapper.get('type', 'OptimWrapper'))
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
@@ -240,7 +239,7 @@ def find_recipe(name: str) -> str:
 
 
 def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str | None = None) -> None:
-    """Turn a plain config into a distilled one, in the form its terms need.
+    """Turn a plain config into a distilled one.
 
     Args:
         config: Changed in place.
@@ -259,15 +258,7 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
     path = find_recipe(recipe)
     options = {k: v for k, v in Config.fromfile(path).to_dict().items() if k != 'custom_imports'}
     check_keys(options, RECIPE_KEYS, f'recipe {path!r}')
-    distill = dict(teacher=_teacher_source(teacher, checkpoint), **options)
-    check_options(distill)
-    hook = dict(type='kd_plugins.DistillHook')
-    if _needs_model_form(config, distill):
-        config.model = ConfigDict(
-            {**config.model, 'type': 'kd_plugins.Distilled', 'student_type': config.model.type, 'distill': distill}
-        )
-    else:
-        hook.update(distill)
+    hook = dict(type='kd_plugins.DistillHook', teacher=_teacher_source(teacher, checkpoint), **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
 
@@ -291,17 +282,6 @@ def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
             f'timm::{teacher} or torchvision::{teacher}.'
         )
     return dict(config=teacher, checkpoint=checkpoint)
-
-
-def _needs_model_form(config: Config, distill: Mapping[str, Any]) -> bool:
-    terms = build_terms(distill['terms'], find_in_registries).values()
-    free = (t.consumes != 'features' and t.adapter in ('auto', None) for t in terms)
-    if all(free) and not any(True for t in terms for _ in t.loss.parameters()):
-        return False
-    with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
-        student = registry.build(without_pretrained(config.model))
-        bank = build_bank(student, distill)
-    return any(True for _ in bank.parameters())
 
 
 def _import_ourselves(config: Config) -> None:

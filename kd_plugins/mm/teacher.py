@@ -13,24 +13,21 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
-from kd_plugins.distiller import find_module, untouched_rng
+from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.forward import run_modules
-from kd_plugins.mm.inputs import TeacherInputs, pixel_format, teacher_format
-from kd_plugins.predictions import ClassLogits, ClassPredictions, readable
+from kd_plugins.mm.forward import run_modules, settle
+from kd_plugins.mm.inputs import TeacherInputs, teacher_format
+from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import (
     FrozenTeacher,
     Padding,
     PixelFormat,
     Resized,
-    build_source,
-    find_source,
     find_weights,
     load_checkpoint,
     load_strictly,
-    teacher_kind,
 )
 
 TEACHER_KEYS = (
@@ -76,9 +73,7 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def build_teacher(
-    cfg: Mapping[str, Any], student: nn.Module | PixelFormat, pixels: PixelFormat | None = None
-) -> tuple[Teacher, list[str]]:
+def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
     """Build and completely load a teacher.
 
     Args:
@@ -94,15 +89,6 @@ def build_teacher(
     Raises:
         DistillError: Something is missing, misspelt, damaged or does not fit.
     """
-    known = pixels
-    if known is None:
-        preprocessor = getattr(student, 'data_preprocessor', None)
-        known = student if isinstance(student, PixelFormat) else pixel_format(preprocessor)
-    if teacher_kind(cfg) not in (None, 'config'):
-        kind = (
-            'classifier' if is_classifier(student) else 'segmentor' if hasattr(student, 'decode_head') else 'detector'
-        )
-        return build_foreign(cfg, known, kind)
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
@@ -116,8 +102,8 @@ def build_teacher(
         notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
     if report.unexpected:
         notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    theirs, channels = teacher_format(model, config, known, cfg.get('pixel_format'))
-    inputs = teacher_inputs(cfg, known, theirs, own_size(model), own_size(student), channels)
+    theirs, channels = teacher_format(model, config, student, cfg.get('pixel_format'))
+    inputs = teacher_inputs(cfg, student, theirs, own_size(model), channels)
     teacher = FrozenTeacher(
         model,
         run_modules,
@@ -127,26 +113,13 @@ def build_teacher(
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
-        head=next((n for n in HEADS if hasattr(model, n)), ''),
+        head=task_of(model).head,
+        resolve=settle,
         kind='config',
         channels=channels,
-        padding=teacher_padding(known, theirs, inputs),
+        padding=teacher_padding(student, theirs, inputs),
     )
     return teacher, notes
-
-
-def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
-    """A teacher for the shapes of its outputs; of the MM family with random weights."""
-    if teacher_kind(cfg) not in (None, 'config'):
-        return build_teacher(cfg, student)[0]
-    model, config = build_architecture(cfg)
-    known = pixel_format(getattr(student, 'data_preprocessor', None))
-    theirs, channels = teacher_format(model, config, known, cfg.get('pixel_format'))
-    inputs = teacher_inputs(cfg, known, theirs, own_size(model), own_size(student), channels)
-    padding = teacher_padding(known, theirs, inputs)
-    return FrozenTeacher(
-        model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model), padding=padding
-    )
 
 
 def teacher_inputs(
@@ -154,7 +127,6 @@ def teacher_inputs(
     student: PixelFormat,
     teacher: PixelFormat,
     own: tuple[int, int] | None = None,
-    size_of_student: tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> TeacherInputs | Resized:
     """What turns the student's batch into the teacher's: another normalisation, and another resolution if asked for.
@@ -164,7 +136,6 @@ def teacher_inputs(
         student: What the student is given.
         teacher: What the teacher was given.
         own: The size that the teacher was made for, where it was made for one.
-        size_of_student: The same of the student.
         channels: How many the teacher takes, None when unknown.
 
     Raises:
@@ -173,7 +144,7 @@ def teacher_inputs(
     inputs = TeacherInputs(student, teacher, channels)
     size, scale = cfg.get('input_size'), cfg.get('input_scale')
     if size is None and scale is None:
-        return inputs if own in (None, size_of_student) else Resized(inputs, own, 'bicubic')
+        return inputs if own in (None, student.size) else Resized(inputs, own, 'bicubic')
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
     if scale is not None:
@@ -197,26 +168,6 @@ def teacher_padding(student: PixelFormat, teacher: PixelFormat, inputs: TeacherI
     """What pads the teacher's batch to the multiples that it was trained on, where the student's need not be any."""
     fits = student.divisor % teacher.divisor == 0 and not isinstance(inputs, Resized)
     return None if fits else Padding(teacher.divisor, teacher.pad)
-
-
-def build_foreign(cfg: Mapping[str, Any], student: PixelFormat, kind: str = 'detector') -> tuple[Teacher, list[str]]:
-    """A teacher of another framework: a detector whose head answers to ``bbox_head`` like one here, or a classifier.
-
-    Args:
-        cfg: The ``teacher`` mapping.
-        student: The format of the student's batches.
-        kind: What the student is: ``'detector'``, ``'segmentor'`` or ``'classifier'``.
-
-    Raises:
-        DistillError: The teacher cannot be loaded, or is of another kind.
-    """
-    teacher, notes = build_source(find_source(cfg), student)
-    found = (
-        'classifier' if readable(find_module(teacher.model, teacher.head, 'teacher'), ClassPredictions) else 'detector'
-    )
-    if 'classifier' in (found, kind) and found != kind:
-        raise DistillError(f'The teacher {teacher.name} is a {found}, but the student a {kind}; take a {kind}.')
-    return teacher, notes
 
 
 def config_name(cfg: Mapping[str, Any]) -> str:
@@ -260,13 +211,8 @@ def teacher_classes(
 
 
 def own_size(model: Any) -> tuple[int, int] | None:
-    """``(height, width)`` of all images that a classifier is given; None: batches have any size."""
-    return getattr(getattr(model, 'data_preprocessor', None), 'size', None) if is_classifier(model) else None
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether a model predicts classes of whole images, through a `ClassLogits`."""
-    return isinstance(getattr(model, 'logits', None), ClassLogits)
+    """``(height, width)`` of all images that a model is given; None: batches have any size."""
+    return task_of(model).size(model)
 
 
 def num_classes(model: nn.Module) -> int | None:

@@ -1,5 +1,6 @@
 """Teachers: where they come from (sources), and how they are loaded, given pixels and run. Needs torch only."""
 
+from kd_plugins.teachers.base import ModelTeacher
 from kd_plugins.teachers.checkpoints import find_weights, load_checkpoint
 from kd_plugins.teachers.frozen import FrozenTeacher
 from kd_plugins.teachers.loading import load_strictly
@@ -12,6 +13,7 @@ __all__ = [
     'ClassifierNetwork',
     'DataConfig',
     'FrozenTeacher',
+    'ModelTeacher',
     'Padding',
     'PixelFormat',
     'Renormalize',

@@ -74,9 +74,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _pickle_module() -> types.ModuleType:
     module = types.ModuleType('kd_plugins_inert_pickle')
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-    module.loads = lambda data, **kwargs: _Unpickler(io.BytesIO(data), **kwargs).load()
+    vars(module).update(
+        Unpickler=_Unpickler,
+        load=lambda file, **kwargs: _Unpickler(file, **kwargs).load(),
+        loads=lambda data, **kwargs: _Unpickler(io.BytesIO(data), **kwargs).load(),
+    )
     return module
 
 

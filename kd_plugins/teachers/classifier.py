@@ -22,6 +22,7 @@ from kd_plugins.teachers import (
     load_strictly,
 )
 from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, image_size, per_channel, whole_number
+from kd_plugins.teachers.taps import classifier_tap
 
 #: Options of every classifier as a teacher, see `find_options`.
 OPTIONS = ('checkpoint', 'num_classes', 'classes', 'input_size', 'mean', 'std', 'in_chans', 'multi_label')
@@ -230,6 +231,7 @@ def as_teacher(
         classes=classes,
         num_classes=number,
         head='logits',
+        resolve=classifier_tap,
         kind=kind,
         channels=channels,
     )

@@ -12,7 +12,7 @@ from torch import nn
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers import PixelFormat, register_teacher
 from kd_plugins.teachers.classifier import (
     activation,
     as_teacher,
@@ -25,6 +25,8 @@ from kd_plugins.teachers.classifier import (
 from kd_plugins.teachers.network import ClassifierNetwork, data_config, image_size
 
 KEYS = ('module', 'options')
+
+register_teacher('module', __name__, "dict(module='my_pkg.my_module:factory', checkpoint='x.pth')")
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:

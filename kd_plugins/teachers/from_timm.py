@@ -10,7 +10,7 @@ from torch import nn
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers import PixelFormat, register_teacher
 from kd_plugins.teachers.classifier import (
     activation,
     as_teacher,
@@ -22,6 +22,8 @@ from kd_plugins.teachers.classifier import (
 from kd_plugins.teachers.network import ClassifierNetwork, check_name, create_network, data_config
 
 KEYS = ('timm', 'pretrained', 'options')
+
+register_teacher('timm', __name__, "dict(timm='resnet50', checkpoint='x.pth')")
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:

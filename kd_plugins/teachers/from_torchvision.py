@@ -10,7 +10,7 @@ from torch import nn
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, in_words, nearest
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers import PixelFormat, register_teacher
 from kd_plugins.teachers.classifier import (
     activation,
     as_teacher,
@@ -21,6 +21,8 @@ from kd_plugins.teachers.classifier import (
 from kd_plugins.teachers.network import ClassifierNetwork, data_config, image_size
 
 KEYS = ('torchvision', 'options')
+
+register_teacher('torchvision', __name__, "dict(torchvision='resnet50', checkpoint='x.pth')")
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:

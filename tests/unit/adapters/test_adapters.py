@@ -60,7 +60,7 @@ def test_auto_adapter_may_leave_the_channels_alone(student, teacher, kind):
 
 
 def test_auto_adapter_takes_its_options_from_a_config():
-    options = dict(norm=True, prefix_tokens=1)
+    options = dict(norm=True)
     adapter = auto_adapter((2, 4, 10, 10), (2, 8, 20, 20), **options)
     assert adapter.describe((2, 4, 10, 10), (2, 8, 20, 20)) == 'conv 1x1 4->8 + BN (48 params), resize 10x10->20x20'
     assert type(auto_adapter((2, 4, 10, 10), (2, 4, 20, 20), **options)) is ResizeAdapter
@@ -89,7 +89,6 @@ def test_auto_adapter_refuses(student, teacher, match):
     [
         (dict(norm='BN'), "norm must be True or False, got 'BN'"),
         (dict(channels=1), 'channels must be True or False, got 1'),
-        (dict(prefix_tokens=-1), 'prefix_tokens must be an integer >= 0, got -1'),
         (dict(norm=True, channels=False), 'remove one of them'),
     ],
 )
