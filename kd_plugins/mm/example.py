@@ -32,7 +32,7 @@ GREY, NOISE = 114.0, 20.0
 SIZE = (256, 256)
 
 
-def example_batch(runner: Any, model: nn.Module) -> tuple[Any, Any]:
+def example_batch(runner: Any, model: nn.Module) -> tuple[Tensor, Any]:
     """The first images of the running data set, as the model will be given them.
 
     They go through copies of the data set, its transforms and the data preprocessor: caches (mosaic), sizes that
@@ -43,12 +43,12 @@ def example_batch(runner: Any, model: nn.Module) -> tuple[Any, Any]:
         model: Its model, unwrapped.
 
     Returns:
-        ``(inputs, data_samples)`` as ``forward`` gets them. Where the data set has no item to give (a stream, or one
-        that fails on its first images), a grey picture with some noise, of the size and channels of the pipeline, and
-        None.
+        ``(inputs, data_samples)`` as ``forward`` gets them; inputs ``(B, C, H, W)``. Where the data set has no item to
+        give (a stream, or one that fails on its first images), a grey picture with some noise, of the size and channels
+        of the pipeline, and None.
 
     Raises:
-        DistillError: Images or labels do not fit the model.
+        DistillError: Images or labels do not fit the model, or it is not given images.
     """
     loader = runner.train_loop.dataloader
     like = next(model.parameters())
@@ -57,9 +57,12 @@ def example_batch(runner: Any, model: nn.Module) -> tuple[Any, Any]:
         if batch is None:
             batch = _grey_batch(model, getattr(loader, 'dataset', None), like.device), None
     inputs, samples = batch
-    if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        inputs = inputs.to(like.dtype)
-    return inputs, samples
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        kind = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise DistillError(
+            f'Distillation needs batches of images (B, C, H, W), but {type(model).__name__} is given {kind}.'
+        )
+    return inputs.to(like.dtype) if inputs.is_floating_point() else inputs, samples
 
 
 def _real_batch(loader: Any, model: nn.Module) -> tuple[Any, Any] | None:

@@ -26,6 +26,8 @@ from kd_plugins.teachers import PixelFormat
 SIDE = 32
 #: Relative to the range of the results: more is no straight line.
 TOLERANCE = 1e-3
+#: Of what is computed in float32, relative.
+PRECISION = 4e-7
 #: Of standard deviations in pixels (0 to 255), from raw ones to those in [0, 1]; twice normalised ones are far outside.
 PLAUSIBLE = (0.9, 300.0)
 #: Of the range of the colours: what comes out closer than that has been scaled.
@@ -82,8 +84,8 @@ def measure(preprocessor: nn.Module | None, steps: Sequence[Any] = (), channels:
         raise UnreadableError(f'its channels come in the order {list(source)}')
     size = getattr(preprocessor, 'pad_size_divisor', None)
     return PixelFormat(
-        mean=tuple(_rounded(-offset / scale)),
-        std=tuple(_rounded(1 / scale)),
+        mean=_written(-offset / scale, least=100.0),
+        std=_written(1 / scale),
         rgb=rgb and len(source) > 2,
         pad=float(getattr(preprocessor, 'pad_value', getattr(preprocessor, 'pad_val', 0)) or 0),
         divisor=size if isinstance(size, int) and size > 0 else 1,
@@ -146,7 +148,7 @@ def _through(step: Any, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray
             if np.array_equal(found[0][0], values):
                 return found[0]
     except Exception:
-        if _NORMALISES.search(repr(step)):
+        if _normalises(step):
             raise UnreadableError(
                 f'its pipeline normalises with {type(step).__name__}, which does not run on a bare picture'
             ) from None
@@ -155,9 +157,17 @@ def _through(step: Any, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray
     same = made.shape == found[1][0].shape and np.allclose(made, found[1][0], rtol=1e-6, atol=1e-6)
     if same and _line(values, made) is not None:
         return made, kind
-    if min(np.ptp(m) for m, _ in found) < NARROW * np.ptp(values) or _NORMALISES.search(repr(step)):
+    if min(np.ptp(m) for m, _ in found) < NARROW * np.ptp(values) or _normalises(step):
         raise UnreadableError(f'what {type(step).__name__} of its pipeline makes of pixels is no (pixel - mean) / std')
     return values, dtype
+
+
+def _normalises(step: Any) -> bool:
+    """Whether a step, or one that it wraps, is called so."""
+    try:
+        return _NORMALISES.search(repr(step)) is not None
+    except Exception:  # a repr of somebody else's
+        return _NORMALISES.search(type(step).__name__) is not None
 
 
 def _transformed(step: Callable[[dict], Any], image: np.ndarray) -> np.ndarray:
@@ -230,12 +240,14 @@ def _line(given: np.ndarray, made: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return np.array(source), np.array(scale), np.array(offset)
 
 
-def _rounded(values: np.ndarray) -> Iterator[float]:
-    """To float32's precision: what was measured is what was written."""
-    scale = np.abs(values).max()
+def _written(values: np.ndarray, least: float = 0.0) -> tuple[float, ...]:
+    """The shortest numbers that these may be, as far as float32 tells: what was measured is what was written."""
+    found = []
     for value in values:
-        # Zero means come out as what rounding leaves of them.
-        yield float(f'{0.0 if abs(value) < 1e-5 * max(scale, 1) else value:.7g}')
+        near = PRECISION * max(abs(value), least)
+        shorter = (round(value, digits) for digits in range(12))
+        found.append(float(next((v for v in shorter if abs(v - value) <= near), value)))
+    return tuple(found)
 
 
 def _loads_rgb(steps: Sequence[Any]) -> bool:
