@@ -96,7 +96,8 @@ class AdapterOptimizer(Apart):
         return f'{type(self.own).__name__} ({self._kind})'
 
     def close(self) -> None:
-        """Leave the student's optimizer as it was found."""
+        """Leave the student's optimizer as it was found; gradients that waited for its next step wait in vain."""
+        self._forget_gradients()
         self._handle.remove()
         found = vars(self.student)
         # Whoever wrapped it after us calls ours, which does nothing more.
