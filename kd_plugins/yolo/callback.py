@@ -131,7 +131,7 @@ class DistillCallback:
         options, session, notes = self._open(student, host)
         channels = input_channels(student)
         for teacher in session.teachers.values():
-            if channels not in (teacher.channels, 1):
+            if teacher.channels is not None and channels not in (teacher.channels, 1):
                 raise DistillError(
                     f'The student takes images of {channels} channel(s) and the teacher of {teacher.channels}; train a '
                     'teacher on the same kind of images.'
