@@ -611,7 +611,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; empty where a checkpoint of the student says it all."""
         found: dict[str, Any] = {} if self.optimizer is None else dict(self.optimizer.state())
-        teachers = {name: dict(t.state()) for name, t in self.teachers.items() if t.state()}
+        teachers = {name: saved for name, t in self.teachers.items() if (saved := dict(t.state()))}
         return {**found, 'teachers': teachers} if teachers else found
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:

@@ -10,7 +10,15 @@ import pytest
 from kd_plugins.distiller import build_terms
 from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError
-from kd_plugins.losses import AutoBoxLoss, BinaryKLDivLoss, BoxIoULoss, DKDLoss, FeatureMSELoss, KLDivLoss, YOLOLogitLoss
+from kd_plugins.losses import (
+    AutoBoxLoss,
+    BinaryKLDivLoss,
+    BoxIoULoss,
+    DKDLoss,
+    FeatureMSELoss,
+    KLDivLoss,
+    YOLOLogitLoss,
+)
 from kd_plugins.yolo import DistillOptions
 
 
