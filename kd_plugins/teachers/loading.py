@@ -95,8 +95,8 @@ def load_strictly(
             (len(before), 'of another shape', list(misshapen.values())),
         ):
             if keys:
-                # Of shapes one sentence is enough.
-                first = keys[: 1 if label == 'of another shape' else 2]
+                # Two names, where they are short and no shape tells more.
+                first = keys[: 2 if len(keys[0]) < 36 and not misshapen else 1]
                 more = ', ...' if len(keys) > len(first) else ''
                 parts.append(f'{len(keys)} of {count} keys {label} ({", ".join(first)}{more})')
         if len(missing) + len(misshapen) == sum(not k.endswith(_COUNTER) for k in before):
