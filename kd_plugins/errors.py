@@ -30,8 +30,8 @@ def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
         return 'did you mean ' + ' or '.join(repr(c) for c in close) + '?'
     shown, room = [], 300
     for name in names[:20]:
-        room -= len(name)
-        if shown and room < 0:
+        room -= len(repr(name)) + 2
+        if shown and room < 60:
             break
         shown.append(repr(name))
     return f'choose from: {", ".join(shown)}{", ..." if len(names) > len(shown) else "."}'
