@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import get_object_from_string
 
 from kd_plugins import registry as ours
-from kd_plugins.distiller import build_terms, untouched_rng
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.recipes import read_recipe, task_of, with_modules
-from kd_plugins.mm.setup import build_bank, check_options, find_in_registries
+from kd_plugins.mm.configs import load_config, plain_model
+from kd_plugins.mm.recipes import read_python
+from kd_plugins.recipes import find_recipe
+from kd_plugins.type_names import type_name
 
 EXPORTED = ('.pt2', '.torchscript')
 #: Files that hold a whole model.
@@ -159,7 +160,8 @@ def _check_types(config: Config) -> None:
         with registry.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as scope:
             if scope.get(name) is None:
                 raise DistillError(f'{where} has no type {name!r}; did you mean {right!r}?')
-    _check_own(config.to_dict(), '')
+    # Not `to_dict`, which writes the classes of pure-Python configs as strings.
+    _check_own(dict(config.items()), '')
 
 
 def _check_own(value: Any, where: str) -> None:
@@ -174,13 +176,11 @@ def _check_own(value: Any, where: str) -> None:
         if key != 'terms':
             _check_own(item, f'{where}.{key}' if where else str(key))
     name = value.get('type')
-    if not isinstance(name, str) or not name.startswith('kd_plugins.'):
+    own = _find_own(name, where)
+    if own is None:
         return
-    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
-    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
-    if name not in known:
-        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
-    taken = inspect.signature(known[name]).parameters
+    name = name if isinstance(name, str) else f'kd_plugins.{type_name(name)}'
+    taken = inspect.signature(own).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         check_keys((k for k in value if k not in ('type', '_scope_')), taken, f'{where} ({name})')
     for key, parameter in taken.items():
@@ -189,11 +189,30 @@ def _check_own(value: Any, where: str) -> None:
             raise DistillError(f'{where} ({name}) needs {key!r}.')
 
 
+def _find_own(name: Any, where: str) -> Callable[..., Any] | None:
+    """What a ``type`` of ours builds; None for others'.
+
+    Raises:
+        DistillError: It would be one of ours, but there is none of that name.
+    """
+    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
+    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
+    if not isinstance(name, str):
+        return name if name in known.values() else None
+    if not name.startswith('kd_plugins.'):
+        return None
+    # A whole path is what MMEngine dumps of a class.
+    found = known.get(name) or get_object_from_string(name)
+    if found is None:
+        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
+    return found if found in known.values() else None
+
+
 def _use_amp(config: Config) -> None:
     wrapper = config.get('optim_wrapper')
-    if not isinstance(wrapper, Mapping):
+    if not isinstance(wrapper, dict):
         raise DistillError('--amp needs an optim_wrapper in the config.')
-    kind = wrapper.get('type', 'OptimWrapper')
+    kind = type_name(wrapper.get('type', 'OptimWrapper'))
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise DistillError(f'--amp can change an OptimWrapper only, this config uses {kind!r}.')
     wrapper['type'] = 'AmpOptimWrapper'
@@ -201,7 +220,7 @@ def _use_amp(config: Config) -> None:
 
 
 def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str | None = None) -> None:
-    """Turn a plain config into a distilled one, in the form its terms need.
+    """Turn a plain config into a distilled one.
 
     Args:
         config: Changed in place.
@@ -217,24 +236,12 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
         raise DistillError(
             '--kd is for plain configs; this config already distils (model.distill or default_hooks.distill).'
         )
-    distill = dict(teacher=_teacher_source(teacher, checkpoint), **_expand(recipe, config))
-    check_options(distill)
-    hook = dict(type='kd_plugins.DistillHook')
-    if _needs_model_form(config, distill):
-        config.model = ConfigDict(
-            {**config.model, 'type': 'kd_plugins.Distilled', 'student_type': config.model.type, 'distill': distill}
-        )
-    else:
-        hook.update(distill)
+    path = find_recipe(recipe, '--kd')
+    # What it stands for depends on the model, which the hook knows.
+    options = read_python(recipe) if path.suffix == '.py' else {'recipe': recipe}
+    hook = dict(type='kd_plugins.DistillHook', teacher=_teacher_source(teacher, checkpoint), **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
-
-
-def _expand(recipe: str, config: Config) -> dict[str, Any]:
-    """What a recipe stands for in a config."""
-    task = task_of(config)
-    options = read_recipe(recipe, task, '--kd')
-    return {**options, 'terms': with_modules(options['terms'], config, task)}
 
 
 def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
@@ -256,17 +263,6 @@ def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
             f'timm::{teacher} or torchvision::{teacher}.'
         )
     return dict(config=teacher, checkpoint=checkpoint)
-
-
-def _needs_model_form(config: Config, distill: Mapping[str, Any]) -> bool:
-    terms = build_terms(distill['terms'], find_in_registries).values()
-    free = (t.consumes != 'features' and t.adapter in ('auto', None) for t in terms)
-    if all(free) and not any(True for t in terms for _ in t.loss.parameters()):
-        return False
-    with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
-        student = registry.build(without_pretrained(config.model))
-        bank = build_bank(student, distill)
-    return any(True for _ in bank.parameters())
 
 
 def _import_ourselves(config: Config) -> None:

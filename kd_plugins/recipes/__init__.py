@@ -74,18 +74,18 @@ def find_recipe(recipe: str | os.PathLike, where: str = 'recipe') -> Path:
     if not isinstance(recipe, (str, os.PathLike)):
         raise DistillError(f'{where} must be the name or the file of a recipe, got {recipe!r}.')
     text = os.fspath(recipe)
-    if is_name(text):
-        path, known = FOLDER / f'{text}.yaml', names()
-        # A file of one's own needs its suffix.
-        known += [f for f in (f'{text}{suffix}' for suffix in SUFFIXES) if Path(f).is_file()]
-    else:
-        path = Path(text).expanduser()
-        known = [p.as_posix() for p in path.parent.glob('*') if p.suffix.lower() in SUFFIXES]
-        known += [name for name in names() if name == path.stem]
+    path = FOLDER / f'{text}.yaml' if is_name(text) else Path(text).expanduser()
     if path.is_file():
         return path
-    what = f'there is no recipe {text!r}' if is_name(text) else f'the file {text!r} does not exist'
-    raise DistillError(f'{where}: {what}; {nearest(text, known)}')
+    if is_name(text):
+        # A file of one's own needs its suffix.
+        own = [f for f in (f'{text}{suffix}' for suffix in SUFFIXES) if Path(f).is_file()]
+        raise DistillError(f'{where}: there is no recipe {text!r}; {nearest(text, [*names(), *own])}')
+    files = [p.name for p in path.parent.glob('*') if p.suffix.lower() in SUFFIXES]
+    near = f'in {str(path.parent)!r}: {nearest(path.name, files)}'
+    if not files and path.stem in names():
+        near = f'did you mean {path.stem!r}?'
+    raise DistillError(f'{where}: the file {text!r} does not exist; {near}')
 
 
 def load_recipe(recipe: str | os.PathLike, task: str, where: str = 'recipe') -> dict[str, Any]:
@@ -102,22 +102,14 @@ def load_recipe(recipe: str | os.PathLike, task: str, where: str = 'recipe') -> 
     Raises:
         DistillError: There is no such recipe, it cannot be read, has an unknown key, or is not for the task.
     """
-    path = find_recipe(recipe, where)
-    return for_task(read_yaml(path, f'recipe {os.fspath(recipe)!r}'), task, os.fspath(recipe))
-
-
-def for_task(values: Mapping[str, Any], task: str, name: str) -> dict[str, Any]:
-    """What the content of a recipe says of a task.
-
-    Args:
-        values: The content.
-        task: See `load_recipe`.
-        name: Of the recipe, for error messages.
-
-    Raises:
-        DistillError: A key is unknown, or the recipe is not for the task.
-    """
+    path, name = find_recipe(recipe, where), os.fspath(recipe)
     where = f'recipe {name!r}'
+    if path.suffix == '.py':
+        raise DistillError(
+            f'{where} is a Python config, which only kd-plugins train --kd reads; write its terms in YAML, or inherit '
+            'from a config with _base_.'
+        )
+    values = read_yaml(path, where)
     check_keys(values, (*KEYS, *TASKS), where)
     tasks = [t for t in TASKS if t in values]
     if tasks:
@@ -130,10 +122,23 @@ def for_task(values: Mapping[str, Any], task: str, name: str) -> dict[str, Any]:
         values, where = values[task], f'{where}, {task}'
         if not isinstance(values, Mapping):
             raise DistillError(f"{where} must be a mapping with 'terms', got {values!r}.")
-        check_keys(values, KEYS, where)
+    check_body(values, where)
+    return dict(values)
+
+
+def check_body(values: Mapping[str, Any], where: str) -> None:
+    """Refuse what is no body of a recipe.
+
+    Args:
+        values: The body.
+        where: What it is, for the message, e.g. ``"recipe 'cwd'"``.
+
+    Raises:
+        DistillError: A key is unknown, or there are no terms.
+    """
+    check_keys(values, KEYS, where)
     if not isinstance(values.get('terms'), Mapping):
         raise DistillError(f"{where} needs 'terms', a mapping of a name to loss, student and teacher.")
-    return dict(values)
 
 
 def read_yaml(path: str | os.PathLike, where: str) -> dict[str, Any]:

@@ -540,7 +540,7 @@ def test_checkpoint_with_the_raw_weights_of_mmdet_2_ema(files, tmp_path):
     run.distill.teacher.checkpoint = str(tmp_path / 'mmdet2.pth')
     watch, runner = train(run.finish())
     assert watch.steps == 2
-    taught = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller.teacher
+    taught = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session.teacher
     assert not any((p == 7).all() for p in taught.model.parameters())
 
 

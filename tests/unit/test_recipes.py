@@ -14,9 +14,9 @@ from kd_plugins.errors import DistillError
 from kd_plugins.recipes import (
     FOLDER,
     TASKS,
+    check_body,
     description,
     find_recipe,
-    for_task,
     load_recipe,
     names,
     read_yaml,
@@ -117,9 +117,9 @@ def test_names_and_files(write, tmp_path, monkeypatch):
         ('cwdd', "--kd: there is no recipe 'cwdd'; did you mean 'cwd'?"),
         ('qqqqqq', 'choose from: .*binary_kl'),
         ('ownrecipe', r"did you mean 'ownrecipe\.yaml'"),
-        ('ownrecip.yaml', r"--kd: the file 'ownrecip\.yaml' does not exist; did you mean 'ownrecipe\.yaml'"),
+        ('ownrecip.yaml', r"--kd: the file 'ownrecip\.yaml' does not exist; in '\.': did you mean 'ownrecipe\.yaml'"),
         ('no/where.yaml', "'no/where.yaml' does not exist"),
-        ('configs/kd/cwd.py', "does not exist; choose from: 'cwd'"),
+        ('configs/kd/cwd.py', "does not exist; did you mean 'cwd'"),
         ('', "no recipe ''"),
         (3, 'must be the name or the file of a recipe, got 3'),
         (None, 'got None'),
@@ -180,8 +180,10 @@ def test_a_recipe_for_another_task_names_those_that_fit():
 
 
 def test_python_is_for_mmengine(write):
-    with pytest.raises(DistillError, match=r"own\.py' is not a \.yaml file"):
+    with pytest.raises(DistillError, match=r"own\.py' is a Python config, which only kd-plugins train --kd reads"):
         load_recipe(write('terms = dict()\n', 'own.py'), 'detection')
+    with pytest.raises(DistillError, match=r"own\.txt' is not a \.yaml file"):
+        load_recipe(write(BODY, 'own.txt'), 'detection')
 
 
 def test_traps_of_yaml(write):
@@ -200,6 +202,6 @@ def test_traps_of_yaml(write):
 
 def test_a_body_may_come_from_elsewhere():
     body = dict(terms=dict(a=dict(loss=dict(type='KLDivLoss'), student='logits', teacher='logits')))
-    assert for_task(body, 'classification', 'x') == body
+    check_body(body, "recipe 'x'")
     with pytest.raises(DistillError, match="recipe 'x' has no option 'optimizer'"):
-        for_task(dict(body, optimizer={}), 'classification', 'x')
+        check_body(dict(body, optimizer={}), "recipe 'x'")

@@ -1,4 +1,4 @@
-"""Recipes on MMEngine's side: Python files, the task of a config's model, and what taps are called there."""
+"""Recipes on MMEngine's side: Python files, and what --kd writes into a config."""
 
 import pytest
 
@@ -7,7 +7,8 @@ pytest.importorskip('mmengine')
 from mmengine.config import Config
 
 from kd_plugins.errors import DistillError
-from kd_plugins.mm.recipes import read_recipe, task_of, with_modules
+from kd_plugins.mm.cli import add_distillation
+from kd_plugins.mm.recipes import read_recipe
 from kd_plugins.recipes import load_recipe
 
 OWN = "terms = dict(a=dict(loss=dict(type='FeatureMSELoss'), student='neck', teacher='neck', weight=1e-3))\n"
@@ -34,7 +35,7 @@ def test_names_and_yaml_are_read_as_everywhere():
     [
         (f'{OWN}optimizer = dict()\n', "own.py' has no option 'optimizer'"),
         ('terms = dict(\n', r"own\.py' cannot be read: .*Error"),
-        (f'detection = dict({OWN.replace(" = ", "=", 1).strip()})\n', 'is for detection, not for classification'),
+        ('alpha = 0.5\n', "own.py' needs 'terms'"),
     ],
 )
 def test_wrong_python_recipes(tmp_path, text, words):
@@ -44,48 +45,26 @@ def test_wrong_python_recipes(tmp_path, text, words):
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ('scope', 'kind', 'task'),
-    [
-        ('mmdet', 'YOLOX', 'detection'),
-        ('mmdet', 'FasterRCNN', 'detection'),
-        ('mmdet', 'kd_plugins.TimmClassifier', 'classification'),
-        ('mmengine', 'kd_plugins.TimmClassifier', 'classification'),
-        ('mmseg', 'EncoderDecoder', 'segmentation'),
-        ('mmseg', 'CascadeEncoderDecoder', 'segmentation'),
-    ],
-)
-def test_the_task_of_a_model(scope, kind, task):
-    pytest.importorskip('mmdet')
-    pytest.importorskip('mmseg')
-    config = Config(dict(model=dict(type=kind), default_scope=scope))
-    assert task_of(config) == task
+def test_what_kd_writes(tmp_path):
+    """The name: what it stands for depends on the model. A Python file's content: the hook reads none."""
+    (tmp_path / 'own.py').write_text(f'alpha = 0.5\n{OWN}')
+    (tmp_path / 'own.yaml').write_text('terms: {a: {loss: {type: FeatureMSELoss}, student: neck, teacher: neck}}\n')
+    for recipe, options in (
+        ('cwd', dict(recipe='cwd')),
+        (str(tmp_path / 'own.yaml'), dict(recipe=str(tmp_path / 'own.yaml'))),
+        (str(tmp_path / 'own.py'), read_recipe(str(tmp_path / 'own.py'), 'detection')),
+    ):
+        config = Config(dict(model=dict(type='YOLOX'), default_hooks=dict(logger=dict(type='LoggerHook'))))
+        add_distillation(config, recipe, 'teacher.py', 'teacher.pth')
+        hook = config.default_hooks.to_dict()
+        assert set(hook) == {'logger', 'distill'} and config.custom_imports.imports == ['kd_plugins.mm']
+        assert hook['distill'] == dict(
+            type='kd_plugins.DistillHook', teacher=dict(config='teacher.py', checkpoint='teacher.pth'), **options
+        )
 
 
-def test_the_task_of_a_class():
-    """As pure-Python configs write it, and of a class of one's own."""
-    mmseg = pytest.importorskip('mmseg.models')
-
-    class Own(mmseg.EncoderDecoder):
-        pass
-
-    assert task_of(Config(dict(model=dict(type=Own)))) == 'segmentation'
-
-
-def test_a_model_that_is_not_there():
-    with pytest.raises(DistillError, match=r"model\.type 'Nonsense' is not registered"):
-        task_of(Config(dict(model=dict(type='Nonsense'))))
-
-
-def test_head_is_the_module_of_the_task():
-    terms = load_recipe('binary_kl', 'detection')['terms']
-    config = Config(dict(model=dict(bbox_head=dict())))
-    found = with_modules(terms, config, 'detection')
-    assert {t[side] for t in found.values() for side in ('student', 'teacher')} == {'bbox_head'}
-    assert found['box']['weight'] == 0.25 and terms['box']['student'] == 'head'
-    assert with_modules(dict(a=dict(student='neck', teacher='head'), b=None), config, 'segmentation') == dict(
-        a=dict(student='neck', teacher='decode_head'), b=None
-    )
-    # Of a model that has one, it is what is meant.
-    own = Config(dict(model=dict(head=dict())))
-    assert with_modules(dict(a=dict(student='head')), own, 'detection') == dict(a=dict(student='head'))
+def test_a_recipe_is_found_before_anything_is_built():
+    config = Config(dict(model=dict(type='YOLOX')))
+    with pytest.raises(DistillError, match=r"--kd: there is no recipe 'cwdd'; did you mean 'cwd'"):
+        add_distillation(config, 'cwdd', 'teacher.py', 'teacher.pth')
+    assert 'default_hooks' not in config

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
+from kd_plugins import teachers
 from kd_plugins.errors import DistillError
-from kd_plugins.teachers import PixelFormat, build_source, create_network, find_source
+from kd_plugins.teachers import PixelFormat, build_source, create_network, find_source, sources, teacher_kind
 from kd_plugins.teachers.classifier import find_options
 
 timm = pytest.importorskip('timm')
@@ -313,3 +314,38 @@ def test_a_package_that_is_not_installed(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(DistillError, match=rf"needs '{package}', which is not installed: pip install .*\[timm\]"):
             find_source(cfg)
+
+
+# ------------------------------------------------------------------ another kind
+KIND = """
+from kd_plugins.teachers import FrozenTeacher, register_teacher
+
+register_teacher('lookup', __name__, "dict(lookup='a table')")
+
+
+def find(cfg):
+    return {**cfg, 'found': True}
+
+
+def build(cfg, student):
+    from torch import nn
+
+    return FrozenTeacher(nn.Identity(), None, None, name=cfg['lookup']), [str(cfg['found'])]
+"""
+
+
+def test_another_kind_is_one_file(tmp_path, monkeypatch):
+    assert teacher_kind(dict(timm='resnet50')) == 'timm'  # those of the package are registered for good
+    (tmp_path / 'lookup.py').write_text(KIND)
+    name = f'{teachers.__name__}.lookup'
+    monkeypatch.setattr(teachers, '__path__', [*teachers.__path__, str(tmp_path)])
+    monkeypatch.setattr(teachers, 'lookup', None, raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    del sys.modules[name]
+    monkeypatch.setattr(sources, '_SOURCES', dict(sources._SOURCES))
+    sources._register_own.cache_clear()
+    teacher, notes = build_source(find_source(dict(lookup='a table')), STUDENT)
+    assert teacher.name == 'a table' and notes == ['True']
+    with pytest.raises(DistillError, match=r"must be one of dict\(config=.*dict\(lookup='a table'\)") as caught:
+        find_source(dict(checkpoint='x.pth'))
+    assert len(str(caught.value)) < 400

@@ -17,7 +17,8 @@ from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.measure import random_boxes
 from kd_plugins.mm.configs import without_pretrained
-from kd_plugins.mm.teacher import dataset_classes, is_classifier, num_classes, own_size
+from kd_plugins.mm.task import task_of
+from kd_plugins.mm.teacher import dataset_classes, num_classes, own_size
 
 #: Draws one item of a data set.
 Draw = Callable[[tuple[int, int], torch.Generator], dict[str, Any]]
@@ -74,7 +75,7 @@ def find_kind(config: Config) -> Kind:
     if str(config.model.get('type')).split('.')[-1] == 'TimmClassifier':
         with untouched_rng():
             model = MODELS.build(without_pretrained(config.model))
-        assert is_classifier(model)
+        assert task_of(model).name == 'classification'
         size, channels = own_size(model), len(model.data_preprocessor.mean)
         number = num_classes(model)
         sizes = dict(CLASSIFICATION, image_size=(size, size))

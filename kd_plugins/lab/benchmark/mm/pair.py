@@ -213,10 +213,10 @@ class Pair:
         """The least a teacher costs: its forward up to the tapped modules, on the batch as it wants it."""
         runner, data = self._runs['distilled']
         hook = next(h for h in runner.hooks if isinstance(h, DistillHook))
-        teacher = hook.distiller.teacher
+        teacher = hook.session.teacher
         batch = runner.model.data_preprocessor(copy.deepcopy(data), True)
         inputs = teacher.to(batch['inputs'])._prepare(batch['inputs'], batch['data_samples'])
-        modules = list(dict.fromkeys(t.teacher.module for t in hook.distiller.terms.values()))
+        modules = list(dict.fromkeys(path for t in hook.session.terms.values() for path in t.teacher.modules))
 
         @torch.no_grad()
         def forward() -> None:

@@ -30,7 +30,7 @@ from kd_plugins.lab.comparison.mm.segmentations import read_segmentations
 from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.lab.comparison.phases import Phase
 from kd_plugins.mm.configs import load_config, without_pretrained
-from kd_plugins.mm.recipes import read_recipe, task_of
+from kd_plugins.mm.recipes import read_recipe
 
 DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
@@ -89,10 +89,8 @@ class Comparison(Experiment):
         MMLogger.get_current_instance().setLevel('WARNING')
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
         self.student_config = read_config(self.student, self.student_options, '--student')
-        self._recipes = {
-            arm: read_recipe(recipe, task_of(self.student_config), '--kd') for arm, recipe in self.arms.items()
-        }
         self.task = find_evaluator(self.student_config, '--student').task
+        self._recipes = {arm: read_recipe(recipe, self.task.name, '--kd') for arm, recipe in self.arms.items()}
         taught = find_evaluator(self.teacher_config, '--teacher').task
         if taught != self.task:
             raise DistillError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Distiller, build_terms
+from kd_plugins.distiller import Session, build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import attention_transfer, feature_mse, kl_div
 from kd_plugins.predictions import ClassLogits
@@ -36,12 +36,12 @@ def run(model, inputs, samples, modules):
 def distiller_of(student, teacher, /, **term):
     term = {'loss': dict(type='FeatureMSELoss'), 'student': 'body', 'teacher': 'body', **term}
     held = FrozenTeacher(teacher, run, lambda inputs, samples: inputs, name='net')
-    return Distiller(student, held, build_terms(dict(term=term)))
+    return Session(student, held, build_terms(dict(term=term)))
 
 
 def row_of(student, teacher, /, size=(64, 64), **term):
     distiller = distiller_of(student, teacher, **term)
-    (row,) = distiller.dry_run(torch.zeros(2, 3, *size), None, run)
+    (row,) = distiller.check(torch.zeros(2, 3, *size), None)
     return distiller, row
 
 
@@ -169,7 +169,7 @@ def test_alpha_scales_distillation():
     for alpha in (None, 1.0, 0.25, 0.0):
         distiller = distiller_of(student, teacher)
         distiller.alpha = alpha
-        distiller.dry_run(inputs, None, run)
+        distiller.check(inputs, None)
         with distiller.capture() as capture:
             student(inputs)
         values[alpha] = distiller.losses(capture, inputs, None)['loss_kd_term'].item()
@@ -284,8 +284,8 @@ def test_a_feature_is_projected_to_the_teachers_classes(shape, shown):
 def test_a_projector_makes_the_teachers_classes_and_the_shared_ones_count():
     student, teacher = Classifier((6, 4, 4), classes=5), Classifier((1, 1, 1), classes=7)
     distiller = distiller_of(student, teacher, **KL)
-    distiller.classes = ((0, 3, 4), (6, 2, 0))
-    (row,) = distiller.dry_run(torch.zeros(2, 3, 64, 64), None, run)
+    distiller.set_classes(((0, 3, 4), (6, 2, 0)))
+    (row,) = distiller.check(torch.zeros(2, 3, 64, 64), None)
     assert row.adapter.startswith('projector 6->6->7 logits')
     (projector,) = distiller.bank.get_submodule('term.adapters')
     logits = Net._level((7,), 2)[:, [6, 2, 0]]
@@ -298,9 +298,9 @@ def test_labels_reach_a_loss_on_projected_logits():
 
     student, teacher = Classifier((6, 4, 4), classes=5), Classifier((1, 1, 1), classes=7)
     distiller = distiller_of(student, teacher, **{**KL, 'loss': dict(type='DKDLoss')})
-    distiller.classes = ((0, 3, 4), (6, 2, 0))
-    distiller._targets = lambda inputs, samples: torch.tensor([4, 1])
-    distiller.dry_run(torch.zeros(2, 3, 64, 64), None, run)
+    distiller.set_classes(((0, 3, 4), (6, 2, 0)))
+    distiller.host.targets = lambda inputs, samples: torch.tensor([4, 1])
+    distiller.check(torch.zeros(2, 3, 64, 64), None)
     (projector,) = distiller.bank.get_submodule('term.adapters')
     ours, theirs = (z[:, [6, 2, 0]] for z in (projector(Net._level((6, 4, 4), 2), None), Net._level((7,), 2)))
     # Class 4 is the third of those that are compared; class 1, of the second image, the teacher does not know.
