@@ -261,7 +261,7 @@ class DistillOptions:
             teachers=self.sources(),
             terms={**terms, **(self.terms or {})},
             recipe=self.recipe,
-            start=self.start,
+            start=self.start or None,  # that of the recipe, if it has one
             stop=self.stop,
             alpha=self.alpha,
             class_map=self.class_map,
