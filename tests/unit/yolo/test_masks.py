@@ -248,7 +248,7 @@ def added(run):
 def test_term_trains_mask_layers(segment, student, teacher, caplog):
     with caplog.at_level('INFO', logger='ultralytics'):
         run = segment(student, teacher, cls=0, box=0)
-    total, items = added(run)
+    total, _ = added(run)
     assert set(items) == {'kdmsk_loss'} and items['kdmsk_loss'] > 0
     total.backward()
     head = head_of(run.student)
@@ -277,7 +277,7 @@ def test_descent_on_the_term_lowers_it(segment):
 def test_masks_of_each_branch(segment, branch):
     run = segment('yolo26n-seg.yaml', 'yolo26n-seg.yaml', cls=0, box=0, branch=branch)
     assert list(run.session.terms) == (['mask'] if branch == 'one2one' else ['mask', 'mask_one2one'])
-    total, items = added(run)
+    total, _ = added(run)
     total.backward()
     head = head_of(run.student)
     for layers, learns in ((head.one2one_cv4, True), (head.cv4, branch == 'both')):
