@@ -6,7 +6,8 @@ repeat times every variant, in random order, and what is compared are the varian
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import ctypes
 import gc
 import math
 import multiprocessing
@@ -22,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_plugins.errors import DistillError
 
-#: Operators whose result the host waits for: on a GPU each one stalls the queue.
-WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'is_nonzero', 'equal', 'item')
+#: What torch itself says of operators whose result, or the size of it, the host must know before it can go on.
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+#: Indexing, which waits for masks only.
+INDEXING = ('index', 'index_put', 'index_put_', '_index_put_impl_')
+MASKS = (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,8 @@ class Operators(TorchDispatchMode):
 
     Attributes:
         total: Operators dispatched, views included.
-        waiting: Those whose result the host waits for. Adam's counters, one per parameter, are among them, though
-            they lie on the CPU beside a GPU too.
+        waiting: Those that the host waits for: on a GPU each one stalls the queue. Adam's counters, one per parameter,
+            are among them, though they lie on the CPU beside a GPU too; a copy from the GPU shows on a GPU only.
     """
 
     def __init__(self) -> None:
@@ -165,8 +170,25 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.total += 1
-        self.waiting += function.overloadpacket.__name__ in WAITING
+        self.waiting += _waits(function, args, kwargs or {})
         return function(*args, **(kwargs or {}))
+
+
+def _waits(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    name = function.overloadpacket.__name__
+    if name in INDEXING:
+        # One number goes where a mask is without anyone knowing how many places that are.
+        return (name == 'index' or args[2].numel() > 1) and any(i is not None and i.dtype in MASKS for i in args[1])
+    if name in ('copy_', '_to_copy'):
+        source, target = (args[1].device, args[0].device) if name == 'copy_' else (args[0].device, kwargs.get('device'))
+        return source.type != 'cpu' and target is not None and torch.device(target).type == 'cpu'
+    return not WAITING.isdisjoint(function.tags)
+
+
+def _give_back() -> None:
+    """Give what was freed back to the system, where the C library can (glibc): it counts as used until then."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(device: torch.device) -> int | None:
@@ -174,6 +196,7 @@ def memory(device: torch.device) -> int | None:
 
     On CUDA the allocator's figure; on the CPU the resident set of the whole process, None where it cannot be read.
     """
+    _give_back()
     return torch.cuda.memory_allocated(device) if device.type == 'cuda' else _resident('VmRSS:')
 
 
@@ -182,6 +205,7 @@ def highest_memory(step: Callable[[], object], steps: int, device: torch.device)
 
     As in :func:`memory`. Not ``getrusage``: its maximum is inherited from the parent process and cannot be reset.
     """
+    _give_back()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -207,6 +231,64 @@ def count_operators(step: Callable[[], object]) -> Operators:
     with Operators() as count:
         step()
     return count
+
+
+def bare_forward(model: nn.Module, step: Callable[[], object]) -> Callable[[], None]:
+    """The least that a teacher costs in a step: its outermost modules, called as they are called there.
+
+    Whatever prepares its images, records and reads its outputs is left out.
+
+    Args:
+        model: The teacher's network.
+        step: A step in which it runs; made once.
+
+    Returns:
+        What repeats its forward.
+
+    Raises:
+        DistillError: It did not run.
+    """
+    calls: list[tuple[Callable[..., object], tuple, dict[str, Any], torch.autocast]] = []
+    inside = False
+
+    def recorded(forward: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: Any, **kwargs: Any) -> object:
+            nonlocal inside
+            if inside:
+                return forward(*args, **kwargs)
+            kind = 'cuda' if torch.is_autocast_enabled('cuda') else 'cpu'
+            dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            calls.append((forward, args, kwargs, torch.autocast(kind, dtype, enabled=on)))
+            inside = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                inside = False
+
+        return call
+
+    # Not hooks: heads are called through `.forward`, and a program of TorchScript takes none.
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    own = [m.__dict__.get('forward') for m in modules]
+    for module in modules:
+        module.forward = recorded(module.forward)
+    try:
+        step()
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+    if not calls:
+        raise DistillError('The teacher did not run in a distilled step, so there is nothing to compare it with.')
+
+    @torch.no_grad()
+    def forward_again() -> None:
+        for forward, args, kwargs, autocast in calls:
+            with autocast:
+                forward(*args, **kwargs)
+
+    return forward_again
 
 
 def random_boxes(number: int, size: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -261,68 +343,3 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function of a module in a fresh process: what an allocator once had, it keeps."""
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
         return pool.submit(function, *args).result()
-
-
-def add_options(parser: argparse.ArgumentParser, sizes: Mapping[str, tuple[Any, Any]]) -> None:
-    """The options that every benchmark has.
-
-    Args:
-        parser: Where they are added.
-        sizes: Values on the CPU and on CUDA of ``image_size``, ``batch_size``, ``repeats`` and ``steps``, for the help.
-    """
-
-    def text(name: str) -> str:
-        on_cpu, on_gpu = (' '.join(map(str, v)) if isinstance(v, tuple) else v for v in sizes[name])
-        return f'(default: {on_cpu} on the CPU, {on_gpu} on CUDA)'
-
-    rectangle = isinstance(sizes['image_size'][0], tuple)
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument(
-        '--image-size',
-        type=int,
-        nargs=2 if rectangle else None,
-        metavar=('H', 'W') if rectangle else 'S',
-        help=text('image_size'),
-    )
-    parser.add_argument('--batch-size', type=int, help=text('batch_size'))
-    parser.add_argument('--repeats', type=int, help=text('repeats'))
-    parser.add_argument('--steps', type=int, help='steps per measurement ' + text('steps'))
-    parser.add_argument('--threads', type=int, default=1, help='threads of torch on the CPU')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (CUDA)')
-    parser.add_argument('--no-memory', action='store_true', help='skip peak memory (one fresh process per variant)')
-    parser.add_argument('--json', metavar='FILE', help='also write all figures')
-
-
-def chosen_sizes(args: argparse.Namespace, sizes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """What the command line gave, and the defaults of its device for the rest; see :func:`add_options`."""
-    return {k: v[args.device == 'cuda'] if getattr(args, k) is None else getattr(args, k) for k, v in sizes.items()}
-
-
-def figures(result: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Lines of a table: time, memory and operators of every variant.
-
-    Args:
-        result: With ``seconds``, ``operators`` and ``waiting`` by variant, ``memory`` by variant or None, and the
-            ``bound``.
-        rows: Label and variant; two variants stand for the bound, their sum.
-    """
-    lines = [f'{"":32}{"median":>10}{"quartiles":>22}{"peak memory":>14}{"operators":>11}{"host waits":>12}']
-    for label, names in rows:
-        spread, used = result['bound'], ''
-        if len(names) == 1:
-            spread, peak = result['seconds'][names[0]], (result['memory'] or {}).get(names[0])
-            used = '-' if peak is None else f'{peak / 2**20:.0f} MiB'
-        quartiles = f'{milliseconds(spread["low"])} - {milliseconds(spread["high"])}'
-        operators, waits = (sum(result[k][n] for n in names) for k in ('operators', 'waiting'))
-        lines.append(
-            f'{label:32}{milliseconds(spread["median"]):>10}{quartiles:>22}{used:>14}{operators:>11}{waits:>12}'
-        )
-    return lines
-
-
-def verdict(ratio: Mapping[str, Any]) -> str:
-    """A ratio with its interval, and whether its ``aim`` is met."""
-    return (
-        f'{ratio["value"]:.3f}  (95 % interval {ratio["low"]:.3f} - {ratio["high"]:.3f}), '
-        f'aim <= {ratio["aim"]:.2f}: {ratio["verdict"]}'
-    )

@@ -9,19 +9,21 @@ import pytest
 import torch
 
 from kd_plugins.errors import DistillError
-from kd_plugins.lab.benchmark.losses import PLAIN, Setup, _maps, main, map_losses, peak_memory, table, variants
+from kd_plugins.lab.benchmark import main
+from kd_plugins.lab.benchmark.benchmark import peak_memory
+from kd_plugins.lab.benchmark.losses import PLAIN, MapLoss, map_losses
 from kd_plugins.lab.benchmark.measure import highest_memory, in_new_process
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 TINY = ['--shape', '2', '3', '8', '8', '--repeats', '2', '--device', 'cpu']
 
 
 @pytest.mark.parametrize('name', PLAIN)
 def test_what_is_compared_is_equal(name):
-    setup = Setup(name, (2, 3, 4, 5))
-    student, teacher = _maps(setup)
+    case = MapLoss(loss=name, shape=(2, 3, 4, 5))
+    student, teacher = case.maps(case.shape)
     results = []
-    for function in variants(setup).values():
+    for function in case.functions.values():
         value = function(student, teacher)
         results.append((value.detach(), *torch.autograd.grad(value, student)))
     assert len(results) == 2 and results[0][0] > 0
@@ -38,7 +40,7 @@ def test_measures_losses(tmp_path, capsys):
     assert set(features['seconds']) == {'ours'} and features['ratio'] is None
     assert not any(dense['waiting'].values()), 'the host waits for the GPU'
     shown = capsys.readouterr().out
-    assert all(table(result) in shown for result in results)
+    assert all(MapLoss.table(result) in shown for result in results)
     assert shown.count('plain formula') == 1 and shown.count('aim <= 1.00') == 1
     assert json.loads(file.read_text())['losses'][0]['ratio'] == dense['ratio']
 
@@ -54,8 +56,8 @@ def test_the_tool_measures_memory_in_processes_of_its_own():
 @pytest.mark.slow
 def test_peak_memory_of_the_lean_path():
     """256 MiB of inputs: the plain formula holds several maps more than ours."""
-    setup = Setup('pixelwise_kl_div', (2, 64, 512, 512))
-    ours, plain = (in_new_process(peak_memory, setup, name) for name in ('ours', 'plain'))
+    case = MapLoss(loss='pixelwise_kl_div', shape=(2, 64, 512, 512))
+    ours, plain = (in_new_process(peak_memory, case, name, None) for name in ('ours', 'plain'))
     if ours is None:
         pytest.skip('resident memory cannot be read on this system')
     assert 1.4 * 2**28 < ours < 2 * 2**28 < 3 * 2**28 < plain

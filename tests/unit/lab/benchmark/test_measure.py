@@ -1,5 +1,7 @@
 """Statistics and interleaving of the benchmark, on numbers that are known."""
 
+import contextlib
+import functools
 import gc
 import itertools
 import mmap
@@ -13,6 +15,7 @@ from kd_plugins.lab.benchmark.measure import (
     Operators,
     Ratio,
     Spread,
+    bare_forward,
     highest_memory,
     interleave,
     memory,
@@ -93,6 +96,61 @@ def test_operators_counts_and_knows_what_waits():
             x.nonzero()
     assert quiet.waiting == 0 and quiet.total >= 3
     assert loud.waiting == 2
+
+
+@pytest.mark.parametrize(
+    ('call', 'waits'),
+    [
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.__setitem__(x > 0, x[:2] + 1), 1),
+        (lambda x: x.unique(), 1),
+        (lambda x: torch.empty(2, device='meta').cpu(), 1),
+        (lambda x: torch.empty(2, device='meta').to('cpu', torch.float16), 1),
+        (lambda x: torch.empty(2).copy_(torch.empty(2, device='meta')), 1),
+        (lambda x: x[torch.tensor([0, 1])], 0),
+        (lambda x: x.__setitem__(x > 0, 0.0), 0),
+        (lambda x: x.to(torch.float16).copy_(x), 0),
+        (lambda x: torch.empty(3, device='meta').copy_(x), 0),
+    ],
+)
+def test_operators_knows_masks_and_copies_to_the_host(call, waits):
+    x = torch.tensor([1.0, 2.0, -1.0])
+    # There is no such copy, which nobody notices before it was asked for.
+    with Operators() as count, contextlib.suppress(NotImplementedError):
+        call(x)
+    assert count.waiting == waits and count.total >= 1
+
+
+class Network(torch.nn.Module):
+    """A detector as MMEngine's: its parts are called one after the other, the head through ``forward``."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU())
+        self.head = torch.nn.Conv2d(4, 2, 1)
+        self.head.forward = functools.partial(type(self.head).forward, self.head)
+
+
+def test_bare_forward_repeats_the_outermost_calls_alone():
+    network = Network().requires_grad_(False)
+    found, own = [], network.head.forward
+
+    def step():
+        images = torch.ones(1, 3, 4, 4) * 2 + 1
+        with torch.autocast('cpu', torch.bfloat16):
+            found.append(network.head.forward(network.backbone(images)) * 3)
+
+    images = torch.ones(1, 3, 4, 4)
+    with Operators() as needed, torch.autocast('cpu', torch.bfloat16):
+        network.head.forward(network.backbone(images))
+    bare = bare_forward(network, step)
+    assert network.head.forward is own and 'forward' not in vars(network.backbone), 'the network is as it was'
+    with Operators() as count:
+        bare()
+    assert len(found) == 1 and count.total == needed.total > 2
+    with pytest.raises(DistillError, match='did not run in a distilled step'):
+        bare_forward(network, lambda: None)
+    assert network.head.forward is own
 
 
 def use(mebibytes):

@@ -4,17 +4,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip('mmdet')
 
-from kd_plugins.errors import DistillError
-from kd_plugins.lab.benchmark.measure import highest_memory
-from kd_plugins.lab.benchmark.mm import VARIANTS, main, table
+from mmengine.registry import MODELS
 
-ROOT = Path(__file__).parents[3]
+from kd_plugins.errors import DistillError
+from kd_plugins.lab.benchmark import main
+from kd_plugins.lab.benchmark.measure import highest_memory
+from kd_plugins.lab.benchmark.mm import MMPair, batches
+
+ROOT = Path(__file__).parents[4]
 TINY = """
 _base_ = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
 model = dict(
@@ -56,7 +60,7 @@ def test_measures_a_pair(pair, recipe, form, models, tmp_path, capsys):
     chosen, size = (pair, SMALL) if models is None else (classifiers(*models), SMALL[3:])
     (result,) = main([*chosen, '--kd', recipe, *size, '--no-memory', '--json', str(file)])
     assert result['form'] == form
-    assert all(len(result['seconds'][name]['all']) == 2 for name in VARIANTS)
+    assert all(len(result['seconds'][name]['all']) == 2 for name in ('student', 'teacher', 'distilled'))
     both = result['operators']['student'] + result['operators']['teacher']
     assert both < result['operators']['distilled'] < 1.5 * both
     waiting = result['waiting']
@@ -65,7 +69,7 @@ def test_measures_a_pair(pair, recipe, form, models, tmp_path, capsys):
     counters = 4 if recipe == 'vit_feature' else 0
     assert waiting['distilled'] == waiting['student'] + counters, 'distillation makes the host wait for the GPU'
     shown = capsys.readouterr().out
-    assert table(result) in shown
+    assert MMPair.table(result) in shown
     assert f'{form} form' in shown and 'aim <= 1.05' in shown
     assert json.loads(file.read_text())['pairs'][0]['ratio'] == result['ratio']
 
@@ -76,6 +80,25 @@ def test_a_distilled_config_stands_for_its_plain_student_and_teachers_are_named_
     assert result['setup']['image_size'] == (32, 32), 'not the size that the student is made for'
     assert result['operators']['student'] < result['operators']['distilled']
     assert 'timm::resnet10t (random weights)' in capsys.readouterr().out
+
+
+def test_operators_alone(capsys, monkeypatch):
+    """Counted, not timed; and what kind of model the student is is found out once, though it is started four times."""
+    found = []
+    counting = SimpleNamespace(build=lambda cfg: found.append(cfg) or MODELS.build(cfg))
+    monkeypatch.setattr(batches, 'MODELS', counting)
+    chosen = classifiers('digits_deit_student', 'digits_resnet_teacher')
+    (result,) = main([*chosen, '--kd', 'kl', *SMALL[3:], '--operators'])
+    assert len(found) == 1
+    assert result['seconds'] is None and result['ratio'] is None and result['memory'] is None
+    both = result['operators']['student'] + result['operators']['teacher']
+    assert both < result['operators']['distilled']
+    startup = result['startup']
+    assert all(len(x['all']) == 2 for x in startup.values()) and 0 < startup['attaching']['median']
+    shown = capsys.readouterr().out
+    assert MMPair.table(result) in shown
+    assert 'median' not in shown and 'before_train' in shown and 'start-up, distilled - plain' in shown
+    assert f'{both:>11}' in shown, 'the sum is what a distilled step cannot do without'
 
 
 @pytest.mark.slow
