@@ -73,7 +73,11 @@ def _no_path(value: Any) -> str:
     kind = f'an object of type {type(value).__name__}'
     if isinstance(known, str) and os.path.isfile(known):
         return f'{kind}: write teacher={known!r}, the file that it was loaded from'
-    how = "model.save('teacher.pt')" if hasattr(value, 'save') else "torch.save({'model': model}, 'teacher.pt')"
+    how = (
+        "model.save('teacher.pt')"
+        if callable(getattr(value, 'save', None))
+        else "torch.save({'model': model}, 'teacher.pt')"
+    )
     return f"{kind}: save it by {how} and write teacher='teacher.pt'"
 
 

@@ -132,7 +132,7 @@ class YOLOPair(Pair):
 
             def started(trainer: Any) -> None:
                 seconds, attaching = time.perf_counter() - began, marks[1] - marks[0]
-                teacher = callback.distiller.teacher.model if callback else None
+                teacher = callback.session.teacher.model if callback else None
                 runs[name] = Run(step_of(trainer), seconds, attaching, teacher)
                 start(others)
                 raise _Attached

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from kd_plugins.distiller import Tap
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import DensePredictions, MaskPredictions, read
+from kd_plugins.teachers import find_source
+from kd_plugins.yolo import DistillCallback
 from kd_plugins.yolo.heads import head_of, head_path, is_end_to_end, select_branch
 from kd_plugins.yolo.host import UltralyticsHost
 from kd_plugins.yolo.teacher import crop_levels, find_teacher, load_model, load_teacher
@@ -234,19 +237,138 @@ def test_find_teacher(tmp_path, teacher_file, monkeypatch):
         find_teacher('folder.pt')
 
 
-def test_official_names_are_fetched_before_training(monkeypatch, tmp_path):
-    import ultralytics.utils.downloads as downloads
+def one_sentence(error):
+    text = str(error.value)
+    return len(text) < 400 and '\n' not in text
 
-    monkeypatch.chdir(tmp_path)
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """An empty folder of weights of Ultralytics, another to be in, and no network: what would be asked is listed."""
+    import ultralytics.utils.checks as checks
+    import ultralytics.utils.downloads as downloads
+    from ultralytics.utils import SETTINGS
+
+    for name in ('here', 'kept'):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    monkeypatch.setitem(SETTINGS, 'weights_dir', str(tmp_path / 'kept'))
     asked = []
 
-    def attempt(name):
-        asked.append(name)
-        (tmp_path / 'fetched.pt').write_bytes(b'x')
-        return str(tmp_path / 'fetched.pt')
+    def fetch(url, file=None, dir=None, **options):
+        asked.append(url)
+        path = os.path.join(dir or '.', file)
+        with open(path, 'wb') as target:
+            target.write(b'x')
+        return path
 
-    monkeypatch.setattr(downloads, 'attempt_download_asset', attempt)
-    assert find_teacher('yolo11x.pt') == str(tmp_path / 'fetched.pt') and asked == ['yolo11x.pt']
-    monkeypatch.setattr(downloads, 'attempt_download_asset', lambda name: 1 / 0)
-    with pytest.raises(DistillError, match=r"'yolo11x.pt' could not be downloaded"):
-        find_teacher('yolo11x.pt')
+    monkeypatch.setattr(downloads, 'safe_download', fetch)
+    monkeypatch.setattr(
+        checks, 'resolve_platform_uri', lambda uri, hard=True: f'https://signed.invalid/{uri[5:]}.pt?key=1'
+    )
+    return asked
+
+
+@pytest.mark.parametrize(
+    'given, asked, file',
+    [
+        ('yolo11x.pt', 'https://github.com/.*/yolo11x.pt', 'here/yolo11x.pt'),
+        ('yolo11x', 'https://github.com/.*/yolo11x.pt', 'here/yolo11x.pt'),
+        ('yolov5n.pt', 'https://github.com/.*/yolov5nu.pt', 'here/yolov5nu.pt'),
+        ('../kept/yolo11x.pt', 'https://github.com/.*/yolo11x.pt', 'kept/yolo11x.pt'),
+        ('https://a.invalid/x/teacher.pt?download=true', 'https://a.invalid/x/teacher.pt.*', 'kept/teacher.pt'),
+        ('ul://me/project/model', 'https://signed.invalid/me/project/model.pt.*', 'kept/me/project/model/model.pt'),
+    ],
+)
+def test_what_ultralytics_fetches_is_fetched(places, tmp_path, given, asked, file):
+    """Once, before training starts."""
+    for _ in range(2):
+        assert find_teacher(given) == str(tmp_path / file)
+        assert len(places) == 1 and re.fullmatch(asked, places[0])
+
+
+def test_the_folder_of_weights(places, tmp_path):
+    """Where ``YOLO('mine.pt')`` looks as well."""
+    (tmp_path / 'kept' / 'mine.pt').write_bytes(b'x')
+    assert find_teacher('mine.pt') == str(tmp_path / 'kept' / 'mine.pt')
+    (tmp_path / 'here' / 'mine.pt').write_bytes(b'x')
+    assert find_teacher('mine.pt') == str(tmp_path / 'here' / 'mine.pt') and not places
+
+
+@pytest.mark.parametrize('given', ['yolo11x.pt', 'https://a.invalid/teacher.pt', 'ul://me/project/model'])
+def test_without_a_network(places, monkeypatch, given):
+    import ultralytics.utils.downloads as downloads
+
+    def fail(**options):
+        raise ConnectionError('no network\nat all')
+
+    monkeypatch.setattr(downloads, 'safe_download', fail)
+    with pytest.raises(DistillError, match=r'could not be downloaded \(ConnectionError: no network\); give') as error:
+        find_teacher(given)
+    assert one_sentence(error) and repr(given) in str(error.value)
+
+
+def test_an_address_of_something_else(places):
+    with pytest.raises(DistillError, match=r"'https://a\.invalid/models/AbC' \(AbC\) is not a \.pt file"):
+        find_teacher('https://a.invalid/models/AbC')
+    with pytest.raises(DistillError, match=r"teacher 'grpc://a/b' is not a \.pt file"):
+        find_teacher('grpc://a/b')
+
+
+# ------------------------------------------------------------------ objects
+def test_a_loaded_model_is_named_by_its_file(teacher_file):
+    from ultralytics import YOLO
+
+    path = teacher_file('yolo11n.yaml')
+    yolo = YOLO(path)
+    for given in (yolo, yolo.model):
+        with pytest.raises(
+            DistillError, match=rf'type {type(given).__name__}: write teacher={path!r}, the file'
+        ) as error:
+            DistillCallback(given)
+        assert one_sentence(error)
+        with pytest.raises(DistillError, match='write teacher='):
+            find_source(dict(ultralytics=given))
+
+
+def test_after_training_the_file_is_the_trained_one(teacher_file, tmp_path):
+    """A `YOLO` that was trained still has the path of the file that it started from."""
+    from ultralytics import YOLO
+
+    start, best = teacher_file('yolo11n.yaml', name='start.pt'), teacher_file('yolo11n.yaml', name='best.pt', seed=1)
+    yolo = YOLO(start)
+    yolo.model = YOLO(best).model  # what `train()` does at its end
+    assert yolo.ckpt_path == start
+    with pytest.raises(DistillError, match=rf'write teacher={best!r}'):
+        find_teacher(yolo)
+
+
+def test_a_model_that_is_in_no_file(build):
+    from ultralytics import YOLO
+
+    model = build('yolo11n.yaml')
+    yolo = YOLO('yolo11n.yaml')
+    for given, how in (
+        (model, r"torch\.save\(\{'model': model\}, 'teacher\.pt'\)"),
+        (yolo, r"model\.save\('teacher\.pt'\)"),
+        (torch.nn.Linear(1, 1), r'torch\.save'),
+    ):
+        with pytest.raises(DistillError, match=rf'type {type(given).__name__}: save it by {how}') as error:
+            DistillCallback(given)
+        assert one_sentence(error)
+    with pytest.raises(DistillError, match='got an object of type') as error:
+        find_teacher(['x' * 99] * 99)
+    assert one_sentence(error)
+
+
+def test_a_whole_network_in_a_file(tmp_path, teacher_file):
+    """Ultralytics takes its layers for the model; what is advised loads."""
+    network = load_model(teacher_file('yolo11n.yaml'))
+    torch.save(network, tmp_path / 'whole.pt')
+    with pytest.raises(
+        DistillError, match=r'holds a whole network.*torch\.save\(\{.model.: network\}, path\)'
+    ) as error:
+        load_model(str(tmp_path / 'whole.pt'))
+    assert one_sentence(error)
+    torch.save({'model': network}, tmp_path / 'teacher.pt')
+    assert torch.equal(load_model(str(tmp_path / 'teacher.pt')).model[0].conv.weight, network.model[0].conv.weight)
