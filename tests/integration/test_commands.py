@@ -36,29 +36,32 @@ def kd(teacher, recipe):
 
 
 @pytest.mark.parametrize(
-    ('recipe', 'family', 'width', 'cls'),
+    ('recipe', 'family', 'width', 'trained'),
     [
-        ('yolo_logit', 'yolox', 8, 'YOLOX'),
-        ('localization', 'gfl', 8, 'GFL'),
-        ('feature', 'yolox', 8, 'DistilledYOLOX'),  # other widths: trainable adapters, the model form
-        ('feature', 'yolox', 4, 'YOLOX'),  # equal widths: no adapter, the hook form
-        ('pkd', 'yolox', 4, 'YOLOX'),
-        ('mgd', 'yolox', 4, 'DistilledYOLOX'),  # its generator is trained, whatever the widths
+        ('yolo_logit', 'yolox', 8, False),
+        ('localization', 'gfl', 8, False),
+        ('feature', 'yolox', 8, True),  # other widths: trainable adapters
+        ('feature', 'yolox', 4, False),
+        ('cwd', 'yolox', 8, True),
+        ('pkd', 'yolox', 4, False),
+        ('cosine', 'yolox', 4, False),
+        ('mgd', 'yolox', 4, True),  # its generator is trained, whatever the widths
     ],
 )
-def test_kd_option_distils_a_plain_config_in_the_form_it_needs(lab, runners, recipe, family, width, cls):
+def test_kd_option_distils_a_plain_config(lab, runners, recipe, family, width, trained):
     config = lab.plain(family)
     before = Path(path := lab.dump(config)).read_text()
     options = ['train_dataloader.batch_size=4', 'default_hooks.logger.interval=1']
     cli.train([path, *kd(lab.teacher(family, width), recipe), '--seed', '11', '--cfg-options', *options])
     (runner,) = runners
-    assert type(runner.model).__name__ == cls
+    assert type(runner.model) is type(lab.build(config)), 'the model keeps its class'
     assert runner.seed == 11
     assert runner.max_iters == 2, '--cfg-options was ignored'
     assert [k for k in logged(runner) if k.startswith('loss_kd_')]
     assert Path(path).read_text() == before
     saved = torch.load(os.path.join(runner.work_dir, 'epoch_1.pth'), weights_only=False)
     assert set(saved['state_dict']) == set(lab.build(config).state_dict())
+    assert ('kd_plugins' in saved) == trained
 
 
 def test_resume_and_amp_options(lab, runners, monkeypatch):
