@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
@@ -68,7 +69,7 @@ class AdapterOptimizer(Apart):
         student: Optimizer,
         *,
         clip: float | Clip | None = None,
-        scaler: torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None = None,
+        scaler: GradScaler | Callable[[], GradScaler | None] | None = None,
     ) -> None:
         if not hasattr(student, 'register_step_post_hook') or not getattr(student, 'param_groups', None):
             raise DistillError(
@@ -90,13 +91,15 @@ class AdapterOptimizer(Apart):
             # up for it, they call no hooks.
             student.zero_grad()
         self._handle = student.register_step_post_hook(self._after_step)
+        self._zero_grad: Callable[..., None] | None = None
         self._wrap_zero_grad()
 
     def __str__(self) -> str:
         return f'{type(self.own).__name__} ({self._kind})'
 
     def close(self) -> None:
-        """Leave the student's optimizer as it was found."""
+        """Leave the student's optimizer as it was found; gradients that waited for its next step wait in vain."""
+        self._forget_gradients()
         self._handle.remove()
         found = vars(self.student)
         # Whoever wrapped it after us calls ours, which does nothing more.
@@ -147,7 +150,7 @@ class AdapterOptimizer(Apart):
 
     # ------------------------------------------------------------------ every step of the student's optimizer
     # After the step and not before: an optimizer that is given a closure computes the gradients in it.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     @torch.no_grad()
     def _after_step(self, student: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if student is not self.student:
@@ -173,7 +176,7 @@ class AdapterOptimizer(Apart):
         if skipped is not None:
             # Fused optimizers are always called and skip a step on the device. What they are told there is added to a
             # gradient of ours, which then skips as well, and no host has to know.
-            grad = trained[0].grad
+            grad = next(p.grad for p in trained if p.grad is not None)
             grad.add_(torch.where(skipped > 0, math.inf, 0.0).to(grad, non_blocking=True))
         if self._clip is not None:
             scaler.unscale_(self.own)
@@ -196,7 +199,7 @@ class AdapterOptimizer(Apart):
             if self._zero_grad is not None:
                 self._forget_gradients()
 
-        self._zero_grad: Callable[..., None] | None = zero_grad
+        self._zero_grad = zero_grad
         vars(self.student)['zero_grad'] = zero_grad
 
     def _forget_gradients(self) -> None:
@@ -216,14 +219,16 @@ class AdapterOptimizer(Apart):
         parameters = list(self.bank.marked_parameters().values())
         if not parameters:
             return
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         # Divided first, as DDP does: scaled gradients may be large.
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters]).div_(_world_size())
+        flat = torch.cat([g.reshape(-1) for g in gradients]).div_(_world_size())
         distributed.all_reduce(flat)
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _world_size() -> int:

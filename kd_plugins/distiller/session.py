@@ -187,6 +187,8 @@ class Session:
                 f'distillation was on for {self._missed} iterations, but {self.host.missed(self.student)}; nothing '
                 'was distilled.'
             )
+        # One that is done again, with less memory, has not been missed.
+        self._missed = 0 if position.iteration <= self.position.iteration else self._missed
         self.position = position
         self._missed += self.active
 
@@ -505,15 +507,16 @@ class Session:
     def _term_loss(self, term: Term, batch: Batch) -> Tensor:
         if self.matching.reads(term):
             student, teacher = self.matching.predictions(term, batch)
-            source = student.source
+            found = student.tensors()
             value = self._compare(term, student, teacher, batch)
         else:
             pairs = self.matching.tensors(term, batch)
-            source = pairs[0][0]
+            found = [ours for ours, _ in pairs]
             value = self._tensor_loss(term, pairs, batch)
         if torch.is_grad_enabled():
             # Again: other than in the dry run, the model trains now, and may have been frozen since.
-            _refuse_frozen(term, [source])
+            # A part of it may be cut off: a layer that is frozen, the prototypes of YOLO26's one-to-one branch.
+            _refuse_frozen(term, found)
         return value
 
     def _compare(self, term: Term, student: Form, teacher: Form, batch: Batch) -> Tensor:
@@ -608,7 +611,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; empty where a checkpoint of the student says it all."""
         found: dict[str, Any] = {} if self.optimizer is None else dict(self.optimizer.state())
-        teachers = {name: dict(t.state()) for name, t in self.teachers.items() if t.state()}
+        teachers = {name: saved for name, t in self.teachers.items() if (saved := dict(t.state()))}
         return {**found, 'teachers': teachers} if teachers else found
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:

@@ -11,7 +11,7 @@ from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, resolve_config
 from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers import PixelFormat, find_file
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,12 +29,7 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
         found['config'] = cfg['config'] if '::' in str(cfg['config']) else os.path.abspath(path)
     else:
         load_config(cfg['config'])
-    checkpoint = os.fspath(cfg['checkpoint'])
-    if not checkpoint.startswith(('http://', 'https://')):
-        checkpoint = os.path.abspath(os.path.expanduser(checkpoint))
-        if not os.path.isfile(checkpoint):
-            raise DistillError(f'teacher.checkpoint {os.fspath(cfg["checkpoint"])!r} does not exist.')
-    found['checkpoint'] = checkpoint
+    found['checkpoint'] = find_file(cfg['checkpoint'])
     return found
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.errors import DistillError, check_keys, shown
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
 from kd_plugins.mm.forward import run_modules, settle
 from kd_plugins.mm.inputs import TeacherInputs, teacher_format
@@ -25,14 +25,15 @@ from kd_plugins.teachers import (
     Padding,
     PixelFormat,
     Resized,
+    check_prefix,
     find_weights,
     load_checkpoint,
     load_strictly,
+    match_names,
 )
 
-TEACHER_KEYS = (
-    'config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale', 'pixel_format',
-)  # fmt: skip
+TEACHER_KEYS = ('config', 'checkpoint', 'checkpoint_prefix', 'classes', 'allow_missing', 'allow_unexpected')
+TEACHER_KEYS += ('input_size', 'input_scale', 'pixel_format')
 #: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
 MIN_SIDE = 32
 #: Where models of the MM family have what predicts.
@@ -52,7 +53,8 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
         DistillError: The mapping is misspelt or the config cannot be built.
     """
     if not isinstance(cfg, Mapping):
-        raise DistillError(f"teacher must be dict(config='...', checkpoint='...'), got {cfg!r}.")
+        hint = '; a classifier of your own is dict(module=...)' if isinstance(cfg, nn.Module) else ''
+        raise DistillError(f"teacher must be dict(config='...', checkpoint='...'), got {shown(cfg)}{hint}.")
     check_keys(cfg, TEACHER_KEYS, 'teacher')
     if not cfg.get('config'):
         raise DistillError("teacher needs 'config': the config file the teacher was trained with.")
@@ -77,8 +79,8 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
     """Build and completely load a teacher.
 
     Args:
-        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=(), input_size=None,
-            input_scale=None, pixel_format=None)``, or the ``teacher`` of another framework, e.g.
+        cfg: ``dict(config=, checkpoint=, checkpoint_prefix=None, classes=None, allow_missing=(), allow_unexpected=(),
+            input_size=None, input_scale=None, pixel_format=None)``, or the ``teacher`` of another framework, e.g.
             ``dict(ultralytics='x.pt')``.
         student: The student, whose ``data_preprocessor`` says how its inputs are normalised; or the format itself.
         pixels: The format of the student's batches, where it is known better.
@@ -93,15 +95,8 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
     model, config = build_architecture(cfg)
-    source = os.fspath(cfg['checkpoint'])
-    weights, meta = find_weights(load_checkpoint(source), source)
     with untouched_rng():
-        report = load_strictly(model, weights, source, _names(cfg, 'allow_missing'), _names(cfg, 'allow_unexpected'))
-    notes = []
-    if report.missing:
-        notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
-    if report.unexpected:
-        notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
+        meta, notes = load_model(model, cfg)
     theirs, channels = teacher_format(model, config, student, cfg.get('pixel_format'))
     inputs = teacher_inputs(cfg, student, theirs, own_size(model), channels)
     teacher = FrozenTeacher(
@@ -109,7 +104,7 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
         run_modules,
         inputs,
         name=config_name(cfg),
-        checkpoint=source,
+        checkpoint=os.fspath(cfg['checkpoint']),
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
@@ -120,6 +115,30 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
         padding=teacher_padding(student, theirs, inputs),
     )
     return teacher, notes
+
+
+def load_model(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Load the weights of a built teacher completely.
+
+    Args:
+        model: The model.
+        cfg: The ``teacher`` mapping.
+
+    Returns:
+        What else the file says (``meta``), and notes for the summary.
+
+    Raises:
+        DistillError: The file is missing or damaged, or does not fit.
+    """
+    prefix, allowed = cfg.get('checkpoint_prefix'), _names(cfg, 'allow_unexpected')
+    check_prefix(prefix)
+    content = load_checkpoint(cfg['checkpoint'])
+    source = os.fspath(cfg['checkpoint'])
+    # A classifier's checkpoints are those of the network in it.
+    net = getattr(model, 'weights_of', model)
+    weights = match_names(net, find_weights(content, source, prefix=prefix), source, ignore=allowed)
+    report = load_strictly(net, weights.state, source, _names(cfg, 'allow_missing'), allowed)
+    return weights.meta, [*weights.notes, *report.notes()]
 
 
 def teacher_inputs(

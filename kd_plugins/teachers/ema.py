@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.distiller.taps import Tap
+from kd_plugins.distiller.taps import Tap, find_module
 from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.predictions import Form
 from kd_plugins.teachers.base import ModelTeacher
 from kd_plugins.teachers.pixels import PixelFormat
 from kd_plugins.teachers.sources import register_teacher
@@ -96,6 +97,12 @@ class EMATeacher(ModelTeacher):
     def tap(self, tap: Tap) -> Tap:
         """What the name means in the student."""
         return self._host.tap(self.model, tap)
+
+    def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
+        """Heads return what the student's return in training, where their own flag is all that it takes."""
+        for tap, form in needs:
+            if form is not None and form.trains_alone:
+                find_module(self.model, tap.module, 'teacher').training = True
 
     def to(self, like: Tensor) -> Teacher:
         """Follow the device of the student's inputs; the precision stays."""

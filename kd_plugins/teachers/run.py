@@ -159,7 +159,7 @@ def pair_classes(
     *,
     student_count: int | None = None,
     teacher_count: int | None = None,
-    taught: Sequence[int] | None = None,
+    taught: int | Sequence[int] | None = None,
 ) -> Classes:
     """Which class of the student is which of the teacher, by name; None when the sets are equal.
 
@@ -169,7 +169,7 @@ def pair_classes(
         class_map: ``{student name: teacher name}`` where the names differ.
         student_count: Classes the student's head predicts.
         teacher_count: Classes the teacher's head predicts.
-        taught: The student's classes that this run trains; None: all.
+        taught: The student's classes (or the only one) that this run trains; None: all.
 
     Raises:
         DistillError: The map names classes that do not exist, or no class is common to both.
@@ -199,7 +199,8 @@ def pair_classes(
         return found
     number = student_count if student_count is not None else len(student or ())
     pairs = zip(*found, strict=True) if found is not None else ((i, i) for i in range(number))
-    kept = [(ours, theirs) for ours, theirs in pairs if ours in set(taught)]
+    chosen = {taught} if isinstance(taught, int) else set(taught)
+    kept = [(ours, theirs) for ours, theirs in pairs if ours in chosen]
     if not kept:
         raise DistillError('The teacher knows none of the classes that classes=[...] of this run trains.')
     return [ours for ours, _ in kept], [theirs for _, theirs in kept]

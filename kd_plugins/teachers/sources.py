@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, shown
 from kd_plugins.teachers.pixels import PixelFormat
 
 _SOURCES: dict[str, tuple[str, str]] = {}
@@ -94,6 +94,8 @@ def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
     kind = teacher_kind(cfg)
     if kind is None:
         examples = ', '.join(example for _, example in _sources().values())
+        if not isinstance(cfg, Mapping):
+            raise DistillError(f'teacher must be one of {examples}; got {shown(cfg)}.')
         raise DistillError(f'teacher must be one of {examples}; got the keys {sorted(map(str, cfg)) or "none"}.')
     try:
         return getattr(importlib.import_module(_sources()[kind][0]), function)(cfg, *rest)

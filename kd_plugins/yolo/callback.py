@@ -131,7 +131,7 @@ class DistillCallback:
         options, session, notes = self._open(student, host)
         channels = input_channels(student)
         for teacher in session.teachers.values():
-            if channels not in (teacher.channels, 1):
+            if teacher.channels is not None and channels not in (teacher.channels, 1):
                 raise DistillError(
                     f'The student takes images of {channels} channel(s) and the teacher of {teacher.channels}; train a '
                     'teacher on the same kind of images.'
@@ -148,7 +148,8 @@ class DistillCallback:
                     options.class_map,
                     student_count=class_count(student),
                     teacher_count=teacher.num_classes,
-                    taught=trainer.args.classes,
+                    # Data sets of whole images have no such filter: the labels of all classes train.
+                    taught=None if host.classifier else trainer.args.classes,
                 )
         session.set_classes(classes)
         # With a limit of time the number of epochs is found out on the way.
@@ -230,7 +231,8 @@ class DistillCallback:
         masks = readable(head, MaskPredictions) and all(
             readable(find_module(t.model, t.head, 'teacher'), MaskPredictions) for t in teachers.values()
         )
-        options = self.options.expand(**facts, masks=masks)
+        branches = all(t.kind == 'ultralytics' and is_end_to_end(head_of(t.model)) for t in teachers.values())
+        options = self.options.expand(**facts, masks=masks, teacher_end_to_end=branches)
         return options, open_session(student, teachers, options, host), notes
 
 

@@ -225,13 +225,16 @@ class DistillOptions:
             found[name] = source
         return found
 
-    def expand(self, *, classifier: bool, end_to_end: bool, masks: bool) -> RunOptions:
+    def expand(
+        self, *, classifier: bool, end_to_end: bool, masks: bool, teacher_end_to_end: bool = False
+    ) -> RunOptions:
         """What the run is told in full: the short options as terms.
 
         Args:
             classifier: Whether the student is a classify model.
             end_to_end: Whether its head has two branches.
             masks: Whether student and teacher both predict masks.
+            teacher_end_to_end: Whether the teacher's head has two branches; one that it has teaches both.
 
         Raises:
             DistillError: An option means nothing for such a student, or a loss cannot be built.
@@ -253,7 +256,7 @@ class DistillOptions:
         for name, term in short.items():
             # A weight of 0 is the plain way to leave a term out; with nothing else there it says that KD is off.
             if term['weight'] != 0 or written or all(t['weight'] == 0 for t in short.values()):
-                terms.update(self._by_branch(name, term, end_to_end))
+                terms.update(self._by_branch(name, term, end_to_end, teacher_end_to_end))
         options = dict(
             teachers=self.sources(),
             terms={**terms, **(self.terms or {})},
@@ -288,13 +291,22 @@ class DistillOptions:
         weight = getattr(self, name)
         return dict(student=tap, teacher=tap, weight=1.0 if weight is None else weight)
 
-    def _by_branch(self, name: str, term: dict[str, Any], end_to_end: bool) -> dict[str, dict[str, Any]]:
+    def _by_branch(
+        self, name: str, term: dict[str, Any], end_to_end: bool, teacher_end_to_end: bool
+    ) -> dict[str, dict[str, Any]]:
         """A term on the head for each branch that learns; the teacher's branch is the one of the same name, if any."""
         if term['student'] != 'head' or not end_to_end or self.branch == 'one2many':
             return {name: term}
         branches = ('one2many', 'one2one') if self.branch == 'both' else (self.branch,)
         names = {'one2many': name, 'one2one': name if self.branch == 'one2one' else f'{name}_one2one'}
-        return {names[b]: {**term, 'student': f'head.{b}', 'teacher': f'head.{b}'} for b in branches}
+        return {
+            names[b]: {
+                **term,
+                'student': f'head.{b}',
+                'teacher': f'head.{b}' if teacher_end_to_end else 'head',
+            }
+            for b in branches
+        }
 
     def loss(self, option: str, name: str | None = None) -> dict[str, Any]:
         """The config of the loss that an option names.

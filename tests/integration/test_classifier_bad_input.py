@@ -1165,7 +1165,7 @@ CASES = [
         term(),
         'model.checkpoint',
         'does not fit ResNet',
-        'check model and its options',
+        'check model.model with its options',
         edit=starts_from(weights_of('vit')),
     ),
     case('start damaged', term(), 'model.checkpoint', 'not a readable checkpoint', edit=starts_from(half)),
@@ -1328,6 +1328,7 @@ def test_the_command_ends_with_one_line(odd_lab):
 )
 def test_a_classifier_does_not_teach_a_detector(odd_lab, teacher, value, says):
     from kd_plugins.mm.setup import build_distiller
+
     from kd_plugins.mm.teacher import build_teacher
     from tests.integration.synthetic import build, yolox
 

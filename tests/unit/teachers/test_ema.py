@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import AdapterBank, AdapterOptimizer, Apart
+from kd_plugins.distiller import AdapterBank, AdapterOptimizer, Apart, Host, Tap
 from kd_plugins.errors import DistillError
+from kd_plugins.predictions import ClassPredictions, DensePredictions
 from kd_plugins.teachers import PixelFormat, build_source, find_source, teacher_kind
 from kd_plugins.teachers.ema import EMATeacher
 
@@ -26,6 +27,10 @@ def network():
 
 def run(model, inputs, samples, modules):
     model(inputs)
+
+
+HOST = Host()
+HOST.run = run
 
 
 def begun(student=None, momentum=0.001):
@@ -291,3 +296,13 @@ def test_misspelt():
         find_source(dict(ema=0.1, momentun=1))
     with pytest.raises(DistillError, match='must be one model, got both'):
         find_source(dict(ema=0.1, timm='resnet50'))
+
+
+def test_a_head_answers_as_in_training_and_its_statistics_stay():
+    student = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Flatten())
+    _, teacher = begun(student)
+    teacher.expect([(Tap('1'), DensePredictions), (Tap('0'), None), (Tap('2'), ClassPredictions)])
+    assert [n for n, m in teacher.model.named_modules() if m.training] == ['1']
+    before = teacher.fingerprint()
+    outputs(teacher, torch.randn(2, 3, 4, 4), '1')
+    assert teacher.fingerprint() == before
