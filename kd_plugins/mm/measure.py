@@ -138,7 +138,7 @@ def _build_steps(pipeline: Sequence[Any], registry: Any) -> Iterator[Any]:
                 yield from _build_steps(inner, registry)
             elif _NORMALISES.search(str(cfg)):
                 raise UnreadableError(
-                    f'its pipeline normalises with {cfg.get("type")!r}, which cannot be built here ({type(error).__name__})'
+                    f'its pipeline normalises with {cfg.get("type")!r}, which cannot be built ({type(error).__name__})'
                 ) from error
 
 
@@ -149,7 +149,7 @@ def _copies(steps: Sequence[Any]) -> Iterator[Any]:
         except Exception as error:  # what holds an open file cannot be tried
             if _normalises(step):
                 raise UnreadableError(
-                    f'its pipeline normalises with {type(step).__name__}, which cannot be copied ({type(error).__name__})'
+                    f'its pipeline normalises with {type(step).__name__}, which cannot be copied'
                 ) from error
 
 
@@ -212,9 +212,8 @@ def _processed(preprocessor: nn.Module, values: np.ndarray, dtype: np.dtype) -> 
                 return _colours(forward, values, dtype, 0)[0]
             except Exception as error:
                 errors.append(error)
-    raise UnreadableError(
-        f'its data_preprocessor ({type(preprocessor).__name__}) does not run on a bare picture ({in_words(errors[0])[:120]})'
-    )
+    name, reason = type(preprocessor).__name__, in_words(errors[0])[:120]
+    raise UnreadableError(f'its data_preprocessor ({name}) does not run on a bare picture ({reason})')
 
 
 def _colours(

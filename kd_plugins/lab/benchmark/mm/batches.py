@@ -19,6 +19,7 @@ from kd_plugins.lab.benchmark.measure import random_boxes
 from kd_plugins.mm.configs import without_pretrained
 from kd_plugins.mm.task import task_of
 from kd_plugins.mm.teacher import dataset_classes, num_classes, own_size
+from kd_plugins.type_names import type_name
 
 #: Draws one item of a data set.
 Draw = Callable[[tuple[int, int], torch.Generator], dict[str, Any]]
@@ -72,7 +73,7 @@ def find_kind(config: Config) -> Kind:
     number = head.get('num_classes') if isinstance(head, Mapping) else None
     if isinstance(number, int):
         return Kind(_detections(number), number, DETECTION)
-    if str(config.model.get('type')).split('.')[-1] == 'TimmClassifier':
+    if type_name(config.model.get('type')) == 'TimmClassifier':
         with untouched_rng():
             model = MODELS.build(without_pretrained(config.model))
         assert task_of(model).name == 'classification'
