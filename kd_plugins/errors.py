@@ -31,8 +31,8 @@ def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
     shown: list[str] = []
     room = 300
     for name in names[:20]:
-        room -= len(name)
-        if shown and room < 0:
+        room -= len(repr(name)) + 2
+        if shown and room < 60:
             break
         shown.append(repr(name))
     return f'choose from: {", ".join(shown)}{", ..." if len(names) > len(shown) else "."}'

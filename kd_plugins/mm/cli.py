@@ -1,11 +1,10 @@
-"""What ``tools/train.py`` and ``tools/test.py`` do, for any MMEngine config."""
+"""``kd-plugins train`` and ``kd-plugins test``, for any MMEngine config."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,20 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import get_object_from_string
 
-import kd_plugins
 from kd_plugins import registry as ours
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, plain_model
-from kd_plugins.teachers.run import KEYS
+from kd_plugins.mm.recipes import read_python
+from kd_plugins.recipes import find_recipe
 from kd_plugins.type_names import type_name
 
 EXPORTED = ('.pt2', '.torchscript')
 #: Files that hold a whole model.
 WITH_WEIGHTS = ('.pt', *EXPORTED)
-RECIPE_KEYS = tuple(k for k in KEYS if k not in ('teacher', 'teachers', 'recipe'))
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f'kd-plugins {command}', description=description)
     parser.add_argument('config', help="config file, or 'mmdet::path/in/its/configs.py'")
     parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
     parser.add_argument(
@@ -72,12 +70,12 @@ def train(argv: Sequence[str] | None = None) -> None:
     Raises:
         DistillError: Something does not fit; nothing was trained.
     """
-    parser = _parser('Train any MMEngine config, with or without knowledge distillation.')
+    parser = _parser('train', 'Train any MMEngine config, with or without knowledge distillation.')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help='resume (default: the latest)')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
     kd = parser.add_argument_group('distillation', 'turn a plain config into a distilled one without editing it')
-    kd.add_argument('--kd', metavar='RECIPE', help='name in configs/kd, or a file that defines terms = dict(...)')
+    kd.add_argument('--kd', metavar='RECIPE', help='name (see kd-plugins recipes), or a .yaml or .py file with terms')
     kd.add_argument(
         '--teacher',
         metavar='CONFIG',
@@ -128,7 +126,7 @@ def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
     Raises:
         DistillError: The checkpoint is missing.
     """
-    parser = _parser('Evaluate a checkpoint; a distilled config is evaluated as its plain student.')
+    parser = _parser('test', 'Evaluate a checkpoint; a distilled config is evaluated as its plain student.')
     parser.add_argument('checkpoint', help='checkpoint of the student')
     parser.add_argument('--out', metavar='PKL', help='dump the predictions')
     args = parser.parse_args(argv)
@@ -221,29 +219,12 @@ def _use_amp(config: Config) -> None:
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def find_recipe(name: str) -> str:
-    """The file of a recipe given by name or path.
-
-    Raises:
-        DistillError: There is none; the nearest ones are named.
-    """
-    if os.path.isfile(name):
-        return name
-    folders = [Path('configs/kd'), Path(kd_plugins.__file__).parents[1] / 'configs' / 'kd']
-    for folder in folders:
-        path = folder / f'{name}.py'
-        if path.is_file():
-            return str(path)
-    known = [p.stem for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
-    raise DistillError(f'--kd {name!r} is neither a recipe nor a file; {nearest(name, known)}')
-
-
 def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str | None = None) -> None:
     """Turn a plain config into a distilled one.
 
     Args:
         config: Changed in place.
-        recipe: Name or file of a recipe: a config that defines ``terms`` and optionally ``start`` and ``stop``.
+        recipe: Name or file of a recipe, see `kd_plugins.recipes`.
         teacher: The teacher's config, the ``.pt`` of an Ultralytics model, ``timm::name``, ``torchvision::name``, or an
             exported classifier (``.pt2``, ``.torchscript``).
         checkpoint: The teacher's weights; files of models have their own.
@@ -255,9 +236,9 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
         raise DistillError(
             '--kd is for plain configs; this config already distils (model.distill or default_hooks.distill).'
         )
-    path = find_recipe(recipe)
-    options = {k: v for k, v in Config.fromfile(path).to_dict().items() if k != 'custom_imports'}
-    check_keys(options, RECIPE_KEYS, f'recipe {path!r}')
+    path = find_recipe(recipe, '--kd')
+    # What it stands for depends on the model, which the hook knows.
+    options = read_python(recipe) if path.suffix == '.py' else {'recipe': recipe}
     hook = dict(type='kd_plugins.DistillHook', teacher=_teacher_source(teacher, checkpoint), **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
@@ -297,11 +278,3 @@ def remove_distillation(config: Config) -> None:
     hooks = config.get('default_hooks')
     if hooks and 'distill' in hooks:
         config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
-
-
-def run(function: Callable[[], Any]) -> None:
-    """Run a command; a distillation that cannot run ends with one sentence instead of a traceback."""
-    try:
-        function()
-    except DistillError as error:
-        sys.exit(f'error: {error}')

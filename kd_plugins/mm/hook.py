@@ -57,6 +57,7 @@ class DistillHook(Hook):
             may be schedules.
         recipe: Name (or file) of a recipe whose terms are taken; ``terms`` changes or completes them.
         start: First epoch with KD (iteration in an ``IterBasedTrainLoop``), counted from 0.
+            None: that of the recipe, or 0.
         stop: First epoch (iteration) without it again. None: to the end.
         alpha: Balance in [0, 1]: while KD is on, ``alpha`` times the KD losses and ``1 - alpha`` times the model's own.
             None: the model's own losses stay as they are, and the terms' weights say it all.
@@ -77,7 +78,7 @@ class DistillHook(Hook):
         self,
         teacher: Mapping[str, Any] | None = None,
         terms: Mapping[str, Any] | None = None,
-        start: int = 0,
+        start: int | None = None,
         stop: int | None = None,
         alpha: float | None = None,
         **more: Any,

@@ -235,7 +235,13 @@ def find_weights(checkpoint: Any, source: str, where: str = 'teacher.checkpoint'
     entry = next((name for name in ENTRIES if name in sets), None)
     state, notes = _joined(sets) if entry is None else _joined({'': sets[entry]}), ()
     if prefix is not None:
-        state = _below(prefix, state if any(k.startswith(prefix) for k in state) else _joined(sets), source, where)
+        found = cut(state, prefix) or cut(_joined(sets), prefix)
+        if not found:
+            starts = {*(k.partition('.')[0] + '.' for k in state if '.' in k), *(f'{name}.' for name in sets if name)}
+            raise DistillError(
+                f'{where}_prefix={prefix!r}: no name in {source!r} begins with it; {nearest(prefix, starts)}'
+            )
+        state = found
     elif entry is not None:
         others = [n for n, other in sets.items() if n != entry and 2 * len(other) >= len(sets[entry])]
         notes = (_which(entry, others, checkpoint),) if others else ()
@@ -286,16 +292,6 @@ def _joined(sets: Mapping[str, Mapping[str, Any]]) -> OrderedDict[str, Tensor]:
     if versions:
         state._metadata = versions
     return state
-
-
-def _below(prefix: str, state: OrderedDict[str, Tensor], source: str, where: str) -> OrderedDict[str, Tensor]:
-    found = cut(state, prefix)
-    if not found:
-        starts = {key[: m.end()] for key in state for m in re.finditer(r'\.', key)}
-        raise DistillError(
-            f'{where}_prefix={prefix!r}: no name in {source!r} begins with it; {nearest(prefix, starts)}'
-        )
-    return found
 
 
 def cut(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:

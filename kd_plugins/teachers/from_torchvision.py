@@ -60,8 +60,10 @@ def check_name(name: Any, where: str) -> None:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
-    if not isinstance(name, str) or name not in names:
-        raise DistillError(f'{where}: torchvision has no classifier {shown(name)}; {nearest(name, names)}')
+    if not isinstance(name, str):
+        raise DistillError(f"{where} must be the name of a model of torchvision, e.g. 'resnet50', got {shown(name)}.")
+    if name not in names:
+        raise DistillError(f'{where}: torchvision has no classifier {name!r}; {nearest(name, names)}')
 
 
 def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:

@@ -95,10 +95,11 @@ def load_strictly(
             (len(before), 'of another shape', list(misshapen.values())),
         ):
             if keys:
-                # Of shapes one sentence is enough.
-                first = keys[: 1 if label == 'of another shape' else 2]
+                first = keys[: 2 if len(keys[0]) < 36 and not misshapen else 1]
                 more = ', ...' if len(keys) > len(first) else ''
-                parts.append(f'{len(keys)} of {count} keys {label} ({", ".join(first)}{more})')
+                # One sentence: where shapes differ, theirs is the example.
+                names = '' if misshapen and keys[0] not in misshapen.values() else f' ({", ".join(first)}{more})'
+                parts.append(f'{len(keys)} of {count} keys {label}{names}')
         if len(missing) + len(misshapen) == sum(not k.endswith(_COUNTER) for k in before):
             advice = f'it belongs to another architecture: check {architecture} and {where}.'
         elif misshapen:

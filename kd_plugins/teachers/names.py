@@ -69,9 +69,22 @@ def _unwrapped(
     own: Mapping[str, Sequence[int]], model: str, weights: Weights, source: str, where: str, ignore: Sequence[str]
 ) -> Weights:
     weights = _uncompiled(own, weights)
-    prefix = _beginning(own, model, weights, source, where, ignore)
-    if not prefix:
+    fits = _beginnings(own, weights, ignore)
+    if len(fits) > 1 and not ('' in fits and weights.chosen):
+        parts = ', '.join(repr(p) if p else "'' (as they are)" for p in fits[:4])
+        raise DistillError(
+            f'{where} {source!r} holds {len(fits)} sets of weights that fit {model}, under names that begin with '
+            f'{parts}; say which with {where}_prefix={max(fits)!r}.'
+        )
+    if fits == [''] or not fits:
         return weights
+    if '' in fits:
+        # The user chose the names as they are; the others are the sets that were not chosen.
+        state = cut(weights.state, '')
+        for key in [k for k in state if k.startswith(tuple(p for p in fits if p))]:
+            del state[key]
+        return weights._replace(state=state)
+    prefix = fits[0]
     beside = [k for k in weights.state if not k.startswith(prefix)]
     note = f'names in the file begin with {prefix!r}'
     if beside:
@@ -93,31 +106,26 @@ def _uncompiled(own: Mapping[str, Sequence[int]], weights: Weights) -> Weights:
     return weights._replace(state=state)
 
 
-def _beginning(
-    own: Mapping[str, Sequence[int]], model: str, weights: Weights, source: str, where: str, ignore: Sequence[str]
-) -> str:
-    """What the names of the model's part begin with; '' if with nothing, or if no part is the model's."""
+def _beginnings(own: Mapping[str, Sequence[int]], weights: Weights, ignore: Sequence[str]) -> list[str]:
+    """What the names of the parts that fit the model best begin with; several fit equally, none not at all."""
     names: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
     for key, value in weights.state.items():
         start = 0
         while True:
-            fits = own.get(key[start:])
-            if fits is not None:
+            shape = own.get(key[start:])
+            if shape is not None:
                 names[key[:start]] += 1
-                shapes[key[:start]] += fits == value.shape
+                shapes[key[:start]] += shape == value.shape
             start = key.find('.', start) + 1
             if not start:
                 break
-    # Parts of another width or another number of classes have the names, but not the shapes.
-    scores = {p: (shapes[p], n) for p, n in names.items() if 2 * n >= len(own) and not is_named(p.rstrip('.'), ignore)}
-    best = [p for p, score in scores.items() if score == max(scores.values())]
-    if not best or ('' in best and weights.chosen):
-        return ''
-    if len(best) > 1:
-        parts = ', '.join(repr(p) if p else "'' (no beginning)" for p in sorted(best)[:4])
-        raise DistillError(
-            f'{where} {source!r} holds {len(best)} sets of weights that fit {model}, under names that begin with '
-            f'{parts}; say which with {where}_prefix={max(best)!r}.'
-        )
-    return best[0]
+    # Single names agree by chance, e.g. `weight`; but what all names of a file begin with is a wrapper.
+    scores = {
+        # Parts of another width or another number of classes have the names, but not the shapes.
+        prefix: (shapes[prefix], number)
+        for prefix, number in names.items()
+        if (2 * number >= len(own) or all(k.startswith(prefix) for k in weights.state))
+        and not is_named(prefix.rstrip('.'), ignore)
+    }
+    return sorted(p for p, score in scores.items() if score == max(scores.values()))

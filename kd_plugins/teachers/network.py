@@ -133,7 +133,7 @@ def check_name(name: Any, where: str) -> None:
     """
     timm = import_timm(where)
     if not isinstance(name, str):
-        raise DistillError(f'{where}: timm has no model {shown(name)}; {nearest("", timm.list_models())}')
+        raise DistillError(f"{where} must be the name of a model of timm, e.g. 'resnet50', got {shown(name)}.")
     place, model = _parsed(timm, name, where)
     if place is not None:
         # What it is only its own config knows.

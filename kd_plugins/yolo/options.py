@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_plugins.distiller.schedules import build_schedule
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.run import RunOptions
 
 BRANCH_CHOICES = ('one2many', 'one2one', 'both')
@@ -118,7 +118,7 @@ class DistillOptions:
             self._check_teachers()
         elif not isinstance(self.teacher, (str, Mapping)) or not self.teacher:
             raise DistillError(
-                f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {self.teacher!r}."
+                f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {shown(self.teacher)}."
             )
         for name in ('cls', 'box', 'mask', 'feature'):
             if getattr(self, name) is not None:
@@ -261,7 +261,7 @@ class DistillOptions:
             teachers=self.sources(),
             terms={**terms, **(self.terms or {})},
             recipe=self.recipe,
-            start=self.start,
+            start=self.start or None,  # that of the recipe, if it has one
             stop=self.stop,
             alpha=self.alpha,
             class_map=self.class_map,

@@ -1,4 +1,4 @@
-"""Recipes: the kd.yaml that a user writes, and the one that a run leaves beside its args.yaml."""
+"""Recipes by name, the kd.yaml that a user writes, and the one that a run leaves beside its args.yaml."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugins.distiller import Session
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.recipes import TASKS, find_recipe, is_name, read_yaml
 from kd_plugins.teachers import load_checkpoint
 from kd_plugins.teachers.run import RunOptions
 from kd_plugins.yolo.options import DistillOptions
@@ -32,40 +33,31 @@ SHORT = (
     'branch',
 )
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(DistillOptions)}
-#: Options that are numbers (or schedules).
-NUMBERS = ('cls', 'box', 'mask', 'feature', 'temperature', 'box_temperature')
 
 
-def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a kd.yaml.
+def read_recipe(recipe: str | os.PathLike) -> dict[str, Any]:
+    """The options that a recipe sets.
 
     Args:
-        path: Of the file. A relative ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
+        recipe: The name of a recipe of the package, or a file: a kd.yaml, or a recipe of one's own with a body for each
+            task. A relative ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
 
     Returns:
-        The options that it sets; their values are not checked yet.
+        The options; their values are not checked yet. What is a body for each task is left to the ``recipe`` option,
+        as the task is not known here.
 
     Raises:
-        DistillError: There is no such file, it is not a YAML mapping, or has an unknown key.
+        DistillError: There is no such recipe, it is not a YAML mapping, or has an unknown key.
     """
-    from ultralytics.utils import YAML
-
-    path = Path(path).expanduser()
-    if not path.is_file():
-        folder = path.parent
-        files = [f.name for f in folder.glob('*.y*ml')] if folder.is_dir() else []
-        raise DistillError(f'recipe {str(path)!r} does not exist; in {str(folder)!r}: {nearest(path.name, files)}')
-    if path.suffix.lower() not in ('.yaml', '.yml'):
-        raise DistillError(f'recipe {str(path)!r} is not a .yaml file.')
-    try:
-        values = YAML.load(path)
-    except Exception as error:
-        first = ' '.join(str(error).split())
-        raise DistillError(f'recipe {str(path)!r} is not valid YAML: {first}') from error
-    if not isinstance(values, Mapping):
-        raise DistillError(f'recipe {str(path)!r} must be a mapping such as "teacher: yolo11x.pt".')
-    check_keys([str(k) for k in values], DistillOptions.names(), f'recipe {str(path)!r}')
-    return {k: _number(v) if k in NUMBERS else v for k, v in values.items()}
+    path = find_recipe(recipe, 'kd')
+    if is_name(recipe):
+        return {'recipe': str(recipe)}
+    where = f'recipe {str(recipe)!r}'
+    values = read_yaml(path, where)
+    if set(TASKS) & set(values):
+        return {'recipe': str(path.absolute())}
+    check_keys([str(k) for k in values], DistillOptions.names(), where)
+    return values
 
 
 def read_options(path: str | os.PathLike) -> DistillOptions:
@@ -144,14 +136,6 @@ def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> Dist
     return options.replace(
         **short, terms=terms, recipe=None, start=run.window.start, stop=run.window.stop, alpha=run.alpha
     )
-
-
-def _number(value: Any) -> Any:
-    """YAML takes ``1e-3`` for text: it wants a point and a sign, ``1.0e-3``."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _refuse_leftover(recipe: Path, checkpoint: Path) -> None:

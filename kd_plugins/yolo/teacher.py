@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Tap, untouched_rng
-from kd_plugins.errors import DistillError, nearest
+from kd_plugins.errors import DistillError, in_words, nearest, shown
 from kd_plugins.predictions import Form, MaskPredictions
 from kd_plugins.teachers import ULTRALYTICS, FrozenTeacher, Padding, PixelFormat, Renormalize, Resized
 from kd_plugins.yolo.heads import (
@@ -33,42 +33,83 @@ GREY = ULTRALYTICS.pad
 def find_teacher(path: Any) -> str:
     """The absolute path of a teacher's file.
 
-    The name of an official model that is not there (``'yolo11x.pt'``) is looked up, and if need be downloaded, the
-    way ``YOLO('yolo11x.pt')`` does; once, before training starts, so that several GPUs do not race for it.
+    What is not there is looked up, and if need be downloaded, the way ``YOLO(path)`` does it: official models
+    (``'yolo11x.pt'``, ``'yolo11x'``), files in Ultralytics' folder of weights, internet addresses, and models of
+    Ultralytics' platform (``ul://user/project/model``); once, before training starts, so that several GPUs do not race
+    for it.
 
     Args:
-        path: File path or official name.
+        path: File path, official name or address.
 
     Raises:
-        DistillError: There is no such file.
+        DistillError: There is no such file, or it cannot be downloaded.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise DistillError(f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {path!r}.")
-    text = os.path.expanduser(os.fspath(path))
+        raise DistillError(f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {_no_path(path)}.")
+    given = os.path.expanduser(os.fspath(path))
+    text = _download(given) if '://' in given else _official(given)
     if not text.lower().endswith('.pt'):
+        what = repr(given) if text == given else f'{given!r} ({os.path.basename(text)})'
         raise DistillError(
-            f'teacher {text!r} is not a .pt file; a .yaml has no trained weights, and exported models cannot be used.'
+            f'teacher {what} is not a .pt file; a .yaml has no trained weights, and exported models cannot be used.'
         )
     if os.path.isdir(text):
         raise DistillError(f'teacher {text!r} is a folder, not a file.')
     if os.path.isfile(text):
         return os.path.abspath(text)
-    if text == os.path.basename(text):
-        from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
-
-        if text in GITHUB_ASSETS_NAMES:
-            try:
-                found = os.fspath(attempt_download_asset(text))
-            except Exception as error:
-                raise DistillError(f'teacher {text!r} could not be downloaded ({error}); give a local file.') from error
-            if os.path.isfile(found):
-                return os.path.abspath(found)
-            raise DistillError(f'teacher {text!r} could not be downloaded; give a local file.')
     folder = os.path.dirname(text) or '.'
     if not os.path.isdir(folder):
         raise DistillError(f'teacher {text!r} does not exist, neither does the folder {folder!r}.')
     files = [f for f in os.listdir(folder) if f.endswith('.pt')]
     raise DistillError(f'teacher {text!r} does not exist; in {folder!r}: {nearest(os.path.basename(text), files)}')
+
+
+def _no_path(value: Any) -> str:
+    """What was given in place of a path, and what to write for it."""
+    if not isinstance(value, nn.Module):
+        return shown(value)
+    # A `YOLO` holds its network. Not its own `ckpt_path`: after `train()` that is still the file it started from.
+    known = getattr(getattr(value, 'model', value), 'pt_path', None) or getattr(value, 'pt_path', None)
+    kind = f'an object of type {type(value).__name__}'
+    if isinstance(known, str) and os.path.isfile(known):
+        return f'{kind}: write teacher={known!r}, the file that it was loaded from'
+    how = "model.save('teacher.pt')" if hasattr(value, 'save') else "torch.save({'model': model}, 'teacher.pt')"
+    return f"{kind}: save it by {how} and write teacher='teacher.pt'"
+
+
+def _official(text: str) -> str:
+    """The file that Ultralytics means by a name; as it is, where it means nothing by it."""
+    if os.path.exists(text):
+        return text
+    from ultralytics.utils import SETTINGS
+    from ultralytics.utils.checks import check_model_file_from_stem, check_yolov5u_filename
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+
+    name = os.fspath(check_yolov5u_filename(os.fspath(check_model_file_from_stem(text)), verbose=False))
+    if os.path.basename(name) not in GITHUB_ASSETS_NAMES:
+        kept = os.path.join(SETTINGS['weights_dir'], text)
+        return kept if text.lower().endswith('.pt') and os.path.isfile(kept) else text
+    try:
+        found = os.fspath(attempt_download_asset(name))
+    except Exception as error:
+        raise DistillError(
+            f'teacher {text!r} could not be downloaded ({in_words(error)}); give a local file.'
+        ) from error
+    if not os.path.isfile(found):
+        raise DistillError(f'teacher {text!r} could not be downloaded; give a local file.')
+    return found
+
+
+def _download(address: str) -> str:
+    from ultralytics.utils import SETTINGS
+    from ultralytics.utils.checks import check_file
+
+    try:
+        return os.fspath(check_file(address, download_dir=SETTINGS['weights_dir']))
+    except Exception as error:
+        raise DistillError(
+            f'teacher {address!r} could not be downloaded ({in_words(error)}); give a local file.'
+        ) from error
 
 
 def load_model(path: str, trusted: bool = False) -> nn.Module:
@@ -83,7 +124,7 @@ def load_model(path: str, trusted: bool = False) -> nn.Module:
     Raises:
         DistillError: The file is damaged or not an Ultralytics model.
     """
-    from ultralytics.nn.tasks import torch_safe_load
+    from ultralytics.nn.tasks import BaseModel, torch_safe_load
 
     options = {'safe_only': not trusted} if 'safe_only' in inspect.signature(torch_safe_load).parameters else {}
     try:
@@ -99,6 +140,12 @@ def load_model(path: str, trusted: bool = False) -> nn.Module:
     model = (checkpoint.get('ema') or checkpoint.get('model')) if isinstance(checkpoint, dict) else None
     if not isinstance(model, nn.Module):
         raise DistillError(f'teacher {path!r} holds no Ultralytics model (no "model" or "ema" entry).')
+    if set(checkpoint) == {'model'} and not isinstance(model, BaseModel):
+        # Of what is no dict, Ultralytics takes the attribute `model`.
+        raise DistillError(
+            f'teacher {path!r} holds a whole network, written by torch.save(network, path), where Ultralytics expects '
+            "an entry for it: write it by torch.save({'model': network}, path), or by model.save(path) of a YOLO."
+        )
     # A checkpoint of a run with native distillation still wraps its student.
     model = getattr(model, 'student_model', model)
     broken = [k for k, v in model.state_dict().items() if v.is_floating_point() and not torch.isfinite(v).all()]

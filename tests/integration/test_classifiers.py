@@ -87,7 +87,7 @@ def test_weights_go_to_timm_and_back(cls_lab, tmp_path):
     path = f'{runner.work_dir}/epoch_1.pth'
     options = {k: v for k, v in config.model.items() if k not in ('type', 'model', 'input_size')}
     net = timm.create_model(config.model.model, img_size=SIZE, **options)
-    state, _ = find_weights(load_checkpoint(path), path)
+    state = find_weights(load_checkpoint(path), path).state
     net.load_state_dict(state, strict=True)
     assert list(state) == list(net.state_dict())
     # MMEngine's own way to a file of weights alone, which timm opens without trusting what is pickled in it.

@@ -38,7 +38,7 @@ def python(*arguments, **environment):
 
 
 def test_base_install_requires_no_framework(requirements):
-    assert requirements[''] == {'torch', 'numpy'}
+    assert requirements[''] == {'torch', 'numpy', 'pyyaml'}
 
 
 def test_base_install_never_lowers_torch():
