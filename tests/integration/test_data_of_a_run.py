@@ -12,7 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from kd_plugins.errors import DistillError
-from tests.integration.lab import FEATURES, Probe, difference, distill_hook, weights
+from tests.integration.lab import CLASSES, FEATURES, Probe, difference, distill_hook, weights
 from tests.integration.test_equality import zero
 
 KL = dict(logits=dict(loss=dict(type='BinaryKLDivLoss'), student='head', teacher='head'))
@@ -74,7 +74,7 @@ class AsGiven(BaseTransform):
         return results
 
 
-def grey(config, where='model'):
+def grey(config):
     config.model.data_preprocessor.update(mean=[100.0], std=[50.0], bgr_to_rgb=False)
     config.model.backbone.in_channels = 1
     for loader in (config.train_dataloader, config.get('test_dataloader')):
@@ -167,11 +167,11 @@ def unusual(config):
     return config
 
 
-@pytest.mark.parametrize('student', [None, in_the_pipeline, unusual])
-@pytest.mark.parametrize('teacher', [None, in_the_pipeline, unusual])
+@pytest.mark.parametrize(
+    ('student', 'teacher'), [(None, in_the_pipeline), (in_the_pipeline, None), (None, unusual), (unusual, None)]
+)
 def test_the_teacher_sees_its_own_pixels_however_they_are_normalised(lab, save, student, teacher):
     """Inside the pictures; the batch's padding was compared elsewhere."""
-    batches = []
     config = lab.plain('gfl', steps=1)
     config.train_dataloader.sampler.shuffle = False
     config.train_dataloader.dataset.pipeline.pop(3)
@@ -179,7 +179,6 @@ def test_the_teacher_sees_its_own_pixels_however_they_are_normalised(lab, save, 
     name = 'plain' if teacher is None else teacher.__name__
     target = save(name, teacher or (lambda c: c))
     made, _ = taught(lab, config if student is None else moved(student, config), target)
-    batches.append(made)
     raw = np.array(Image.open(lab.root / 'images' / '0.png'))
     height, width = raw.shape[:2]
     if teacher is unusual:
@@ -200,3 +199,61 @@ def moved(change, config):
         config.model.data_preprocessor = dict(type='DetDataPreprocessor', pad_size_divisor=32)
         return config
     return change(config)
+
+
+PADDED = dict(neck=dict(loss=dict(type='FeatureMSELoss'), student='neck[0]', teacher='neck[0]'))
+
+
+@pytest.mark.parametrize('terms', [KL, PADDED], ids=['heads', 'maps'])
+def test_a_teacher_that_needs_larger_sides_gets_them(lab, terms):
+    """YOLOX merges its levels cell by cell: images of 96 x 70 pixels are none for it."""
+    config = lab.plain('gfl', steps=2)
+    config.model.data_preprocessor.pad_size_divisor = 1
+    probe = Probe()
+    runner = lab.runner(lab.hook_form(config, lab.teacher('yolox'), terms), probe)
+    sizes = []
+
+    class Watch(Probe):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            images = [tuple(image.shape[-2:]) for image in data_batch['inputs']]
+            sizes.append(tuple(map(max, zip(*images, strict=True))))
+
+    runner.register_hook(Watch())
+    runner.train()
+    assert any(side % 32 for size in sizes for side in size), 'nothing had to be padded'
+    assert all(0 < log[f'loss_kd_{name}'] < 100 for log in probe.logs for name in terms)
+
+
+def test_data_sets_that_mmdet_concatenates(lab):
+    """Their common metainfo is a list where they differ in anything."""
+    config = lab.plain(steps=1)
+    one = config.train_dataloader.dataset
+    other = copy.deepcopy(one)
+    other.metainfo = dict(classes=CLASSES, palette=[(1, 2, 3)] * 3)
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
+    probe = Probe()
+    lab.train(lab.hook_form(config, lab.teacher()), probe)
+    assert probe.logs[0]['loss_kd_logits'] > 0
+    other.metainfo = dict(classes=CLASSES[::-1])
+    with pytest.raises(DistillError, match=r'CocoDataset .* has 3 .circle, square, bar., CocoDataset .* has 3 .bar, '):
+        lab.train(lab.hook_form(config, lab.teacher()))
+    # Features have no classes.
+    lab.train(lab.hook_form(config, lab.teacher(), dict(features=FEATURES)), probe)
+    assert probe.logs[-1]['loss_kd_features'] > 0
+
+
+@pytest.mark.parametrize(
+    'wrapped',
+    [
+        lambda d: dict(type='RepeatDataset', times=2, dataset=d),
+        lambda d: dict(type='ConcatDataset', datasets=[d, copy.deepcopy(d)]),
+        lambda d: dict(type='ClassBalancedDataset', oversample_thr=0.5, dataset=d),
+    ],
+    ids=['repeated', 'concatenated', 'balanced'],
+)
+def test_classification_data_in_wrappers(cls_lab, wrapped):
+    config = cls_lab.plain('resnet', steps=1)
+    config.train_dataloader.dataset = wrapped(config.train_dataloader.dataset)
+    probe = Probe()
+    cls_lab.train(cls_lab.hook_form(config, cls_lab.teacher()), probe)
+    assert probe.logs[0]['loss_kd_logits'] > 0
