@@ -13,6 +13,7 @@ from torch import nn
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError, check_keys, in_words, nearest
+from kd_plugins.type_names import type_name
 
 
 def build_criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool) -> nn.Module:
@@ -47,12 +48,12 @@ def build_criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool)
         if factory is None:
             known = [n for m in (timm.loss, nn) for n, c in vars(m).items() if inspect.isclass(c) and _is_loss(m, n)]
             raise DistillError(f'model.loss: there is no loss {name!r}; {nearest(str(name), known)}')
-        if mixes and name == 'LabelSmoothingCrossEntropy':
+        if mixes and type_name(name) == 'LabelSmoothingCrossEntropy':
             raise DistillError(
                 'model.loss LabelSmoothingCrossEntropy takes class numbers, but mixup makes soft labels; leave loss '
                 'out and write label_smoothing in the model.'
             )
-        if name == 'JsdCrossEntropy':
+        if type_name(name) == 'JsdCrossEntropy':
             raise DistillError(
                 'model.loss JsdCrossEntropy compares several augmentations of each image (the splits of AugMix), which '
                 'the data sets here do not make; leave loss out.'

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.teachers.network import check_name, image_size, import_timm
+from kd_plugins.type_names import type_name
 
 # Options of timm's create_transform that act in one mode only; in the other they would be ignored without a word.
 _TRAINING = {
@@ -184,10 +185,10 @@ def _from_torchvision(cfgs: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _one(v2: Any, names: list[str], cfg: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(cfg, Mapping) or not isinstance(cfg.get('type'), str):
+    if not isinstance(cfg, Mapping) or not (isinstance(cfg.get('type'), str) or inspect.isclass(cfg.get('type'))):
         raise DistillError(f"{where} must be a dict(type='<a transform of torchvision>', ...), not {cfg!r}.")
     options = dict(cfg)
-    name = options.pop('type')
+    name = type_name(options.pop('type'))
     _refuse_elsewhere([name])
     if name not in names:
         raise DistillError(f'{where}: torchvision has no transform {name!r}: {nearest(name, names)}')

@@ -18,6 +18,7 @@ from kd_plugins.distiller.weighting import Weighting, build_weighting
 from kd_plugins.errors import DistillError, check_keys, in_words, nearest
 from kd_plugins.losses.base import CONSUMES, Declaration, declaration_of
 from kd_plugins.predictions import Form, form_named, forms
+from kd_plugins.type_names import type_name
 
 TERM_KEYS = (
     'loss',
@@ -32,7 +33,6 @@ TERM_KEYS = (
     'samples',
 )
 AUTO_OPTIONS = ('norm', 'prefix_tokens')
-PROJECTORS = ('LogitProjector', 'kd_plugins.LogitProjector', adapters.LogitProjector)
 Resolver = Callable[[str], Callable[..., nn.Module] | None]
 
 
@@ -258,7 +258,7 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
 
 
 def _is_projector(adapter: Any) -> bool:
-    return isinstance(adapter, Mapping) and adapter.get('type') in PROJECTORS
+    return isinstance(adapter, Mapping) and type_name(adapter.get('type')) == 'LogitProjector'
 
 
 def _check_adapter(adapter: Any, where: str, key: str = 'adapter') -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
@@ -16,14 +14,13 @@ from torch.utils.data import IterableDataset
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
+from kd_plugins.mm.copies import private_copy
 from kd_plugins.mm.data import pipelines
 from kd_plugins.mm.inputs import network_channels, student_format
 from kd_plugins.mm.measure import picture_size
 
 #: Images of the batch: two, because batching pads them to one size, unless the run has one at a time.
 IMAGES = 2
-#: Bytes, or members, from which on a part of a data set is shared with its copy: it is data, and not what changes.
-LARGE_ARRAY, LARGE_COLLECTION = 65536, 1000
 #: Of a picture that is no real one: its mean, and the range of the noise that keeps the maps from being constant. Not
 #: white noise: detectors that were trained on pictures answer it with logits in the hundreds, and boxes decoded from
 #: those are infinite. Flat grey is what they are padded with.
@@ -91,48 +88,11 @@ def _grey_batch(model: nn.Module, dataset: Any, device: torch.device) -> Tensor:
     size = getattr(preprocessor, 'size', None)
     size = size if isinstance(size, (tuple, list)) else picture_size(found[0]) or SIZE
     channels = network_channels(model, [3, 1])
-    known = student_format(model, found, channels)
+    known = student_format(model, found, torch.zeros(1, channels, 1, 1) if channels else None)
     size = [-(-side // known.divisor) * known.divisor for side in size]
     pixels = GREY + NOISE * (torch.rand(1, channels or len(known.mean), *size, device=device) - 0.5)
     mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (known.mean, known.std))
     return (pixels - mean) / std
-
-
-def private_copy(dataset: Any) -> Any:
-    """A copy of a data set that shares its data, and nothing that changes when images are taken from it."""
-    memo: dict[int, Any] = {}
-    _share(dataset, memo, set())
-    return copy.deepcopy(dataset, memo)
-
-
-def _share(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Enter into deepcopy's memo what is not to be copied."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, (np.ndarray, Tensor, bytes, bytearray)):
-        if _bytes(value) >= LARGE_ARRAY:
-            memo[id(value)] = value
-    elif isinstance(value, nn.Module):
-        memo[id(value)] = value
-    elif isinstance(value, (dict, list, tuple, set, frozenset)):
-        if len(value) >= LARGE_COLLECTION:
-            memo[id(value)] = value
-            return
-        for member in (*value, *value.values()) if isinstance(value, dict) else value:
-            _share(member, memo, seen)
-    elif hasattr(value, '__dict__') and not isinstance(value, (type, ModuleType)):
-        for member in (*vars(value).values(), getattr(value, '__self__', None)):
-            _share(member, memo, seen)
-    else:
-        try:
-            copy.deepcopy(value)
-        except Exception:  # locks, open files and databases
-            memo[id(value)] = value
-
-
-def _bytes(value: Any) -> int:
-    return len(value) if isinstance(value, (bytes, bytearray)) else value.nbytes
 
 
 @contextmanager

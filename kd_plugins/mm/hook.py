@@ -22,6 +22,7 @@ from kd_plugins.mm.distilled import DistillMixin
 from kd_plugins.mm.example import example_batch
 from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
+from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
 from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
@@ -108,13 +109,14 @@ class DistillHook(Hook):
         build_terms(options.terms, resolver_of(options.imports, find_in_registries))
         example = example_batch(runner, model)
         dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
-        channels = example[0].shape[1] if isinstance(example[0], Tensor) else None
-        pixels = student_format(model, pipelines(dataset), channels, pixel_format)
+        pixels = student_format(model, pipelines(dataset), example[0], pixel_format)
         teachers, notes = load_teachers(options.teachers, model, host, replace(pixels, size=host.task.size(model)))
         self.session = open_session(model, teachers, options, host, find_in_registries)
         # First: that a head predicts no classes explains why their numbers differ.
         self.session.check_heads()
-        names = _dataset_classes(runner)
+        # Of data sets whose classes are not compared any will do, several that disagree as well.
+        compared = host.task is CLASSIFICATION or any(map(self.session.by_class, self.session.teachers))
+        names = _dataset_classes(runner) if compared else None
         _refuse_data_set(runner, model, names)
         classes = {}
         for name, teacher in self.session.teachers.items():

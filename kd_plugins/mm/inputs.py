@@ -22,8 +22,6 @@ _TRAINED = ('train_dataloader.dataset', 'data.train', 'train_pipeline')
 _TESTED = ('test_dataloader.dataset', 'val_dataloader.dataset', 'data.test', 'data.val', 'test_pipeline')
 #: Pixels: sides of the picture that a network is tried on where it has no size of its own.
 _SIDE = 256
-#: Grey levels: no batch of pictures is that dark throughout.
-_DARK = 8.0
 
 
 class TeacherInputs(Renormalize):
@@ -53,14 +51,14 @@ def normalize(pixels: Tensor, preprocessor: nn.Module | None) -> Tensor:
 
 
 def student_format(
-    model: nn.Module, found: Sequence[Sequence[Any]] = (), channels: int | None = None, given: Any = None
+    model: nn.Module, found: Sequence[Sequence[Any]] = (), inputs: Tensor | None = None, given: Any = None
 ) -> PixelFormat:
     """What the student's network is given.
 
     Args:
         model: The student.
         found: The transforms of the running data set, see `kd_plugins.mm.data.pipelines`.
-        channels: Of the images that its data set hands out. Default: what its data preprocessor takes.
+        inputs: ``(B, C, H, W)`` a real batch of it. Default: as many channels as its data preprocessor takes.
         given: What the user says it is, ``dict(mean=, std=, rgb=, pad=)``; then nothing is measured.
 
     Raises:
@@ -68,7 +66,8 @@ def student_format(
     """
     preprocessor = getattr(model, 'data_preprocessor', None)
     if given is not None:
-        return _declared(given, 'pixel_format', preprocessor)
+        return _with_range(_declared(given, 'pixel_format', preprocessor), inputs)
+    channels = None if inputs is None else inputs.shape[1]
     try:
         known = _one_format([_format(preprocessor, steps, channels) for steps in found or [()]])
     except UnreadableError as error:
@@ -77,7 +76,7 @@ def student_format(
             'dict(mean=(...), std=(...), rgb=True) beside teacher and terms.'
         ) from error
     assert known is not None
-    return known
+    return _with_range(known, inputs)
 
 
 def _one_format(formats: Sequence[PixelFormat]) -> PixelFormat | None:
@@ -185,29 +184,14 @@ def _stop(*_: Any) -> None:
     raise _StopError
 
 
-def refuse_other_units(inputs: Tensor, student: PixelFormat) -> None:
-    """Refuse a batch that, brought back to pixels, holds none: something normalises it that could not be seen.
-
-    For runs with a teacher that needs another format.
-
-    Args:
-        inputs: ``(B, C, H, W)`` a real batch as the student is given it.
-        student: Its format.
-
-    Raises:
-        DistillError: All values are within a few grey levels.
-    """
-    if inputs.shape[1] != 3:
-        return
-    mean, std = (inputs.new_tensor(v).view(1, -1, 1, 1) for v in (student.mean, student.std))
-    pixels = inputs * std + mean
-    low, high = pixels.min().item(), pixels.max().item()
-    if low < high and max(-low, high) < _DARK:
-        raise DistillError(
-            f"The student's images, brought back to pixels ({student}), lie between {low:.2f} and {high:.2f} instead "
-            'of 0 and 255: its data set scales them in a way that cannot be seen; write pixel_format=dict(mean=(...), '
-            'std=(...), rgb=True) beside teacher and terms.'
-        )
+def _with_range(known: PixelFormat, inputs: Tensor | None) -> PixelFormat:
+    if inputs is None:
+        return known
+    mean, std = (inputs.new_tensor(v).view(1, -1, 1, 1) for v in (known.mean, known.std))
+    if mean.shape[1] not in (1, inputs.shape[1]):
+        return known
+    low, high = (inputs * std + mean).aminmax()
+    return replace(known, seen=(low.item(), high.item()))
 
 
 def pixel_format(preprocessor: nn.Module | None) -> PixelFormat:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import in_words
+from kd_plugins.mm.copies import private_copy
 from kd_plugins.teachers import PixelFormat
 
 #: Side of the pictures, in pixels.
@@ -50,7 +51,7 @@ def measure(preprocessor: nn.Module | None, steps: Sequence[Any] = (), channels:
 
     Args:
         preprocessor: A data preprocessor of MMEngine's kind; None changes nothing.
-        steps: Transforms in order.
+        steps: Transforms in order; copies of them are run, because some keep what they are given.
         channels: Of the images that are loaded.
 
     Returns:
@@ -62,6 +63,7 @@ def measure(preprocessor: nn.Module | None, steps: Sequence[Any] = (), channels:
     """
     given = np.random.RandomState(0).randint(20, 236, (channels + 3, channels)).astype(np.float64)
     with _quiet(), untouched_rng():
+        steps = list(_copies(steps))
         rgb = _loads_rgb(steps)
         values, dtype = given, np.dtype(np.uint8)
         for step in steps:
@@ -78,10 +80,11 @@ def measure(preprocessor: nn.Module | None, steps: Sequence[Any] = (), channels:
     twice = all(np.abs(np.abs(line[1]) - 1).max() > TOLERANCE for line in (before, after))
     if twice and not (PLAUSIBLE[0] <= deviations.min() and deviations.max() <= PLAUSIBLE[1]):
         raise UnreadableError('its images are normalised twice, in the pipeline and again in the data_preprocessor')
-    if list(source[:3]) == [2, 1, 0]:
+    first = source[:3].tolist()
+    if first == [2, 1, 0]:
         rgb = not rgb
-    elif len(set(source)) > 1 and list(source) != list(range(len(source))):
-        raise UnreadableError(f'its channels come in the order {list(source)}')
+    elif first != sorted(first):
+        raise UnreadableError(f'its channels come in the order {source.tolist()} of those of the file')
     size = getattr(preprocessor, 'pad_size_divisor', None)
     return PixelFormat(
         mean=_written(-offset / scale, least=100.0),
@@ -100,7 +103,7 @@ def picture_size(steps: Sequence[Any]) -> tuple[int, int] | None:
     picture = np.full((480, 640, 3), 114, np.uint8)
     size = picture.shape[:2]
     with _quiet(), untouched_rng():
-        for step in steps:
+        for step in _copies(steps):
             try:
                 picture = _transformed(step, picture)
             except Exception:
@@ -135,7 +138,18 @@ def _build_steps(pipeline: Sequence[Any], registry: Any) -> Iterator[Any]:
                 yield from _build_steps(inner, registry)
             elif _NORMALISES.search(str(cfg)):
                 raise UnreadableError(
-                    f'its pipeline normalises with {cfg.get("type")!r}, which cannot be built here ({in_words(error)})'
+                    f'its pipeline normalises with {cfg.get("type")!r}, which cannot be built ({type(error).__name__})'
+                ) from error
+
+
+def _copies(steps: Sequence[Any]) -> Iterator[Any]:
+    for step in steps:
+        try:
+            yield private_copy(step)
+        except Exception as error:  # what holds an open file cannot be tried
+            if _normalises(step):
+                raise UnreadableError(
+                    f'its pipeline normalises with {type(step).__name__}, which cannot be copied'
                 ) from error
 
 
@@ -198,9 +212,8 @@ def _processed(preprocessor: nn.Module, values: np.ndarray, dtype: np.dtype) -> 
                 return _colours(forward, values, dtype, 0)[0]
             except Exception as error:
                 errors.append(error)
-    raise UnreadableError(
-        f'its data_preprocessor ({type(preprocessor).__name__}) does not run on a bare picture ({in_words(errors[0])})'
-    )
+    name, reason = type(preprocessor).__name__, in_words(errors[0])[:120]
+    raise UnreadableError(f'its data_preprocessor ({name}) does not run on a bare picture ({reason})')
 
 
 def _colours(

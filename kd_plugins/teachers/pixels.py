@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class PixelFormat:
         pad: What padding holds, in normalised units.
         size: ``(height, width)`` of all images; None: batches have any size.
         divisor: Whole number that both sides of every batch are multiples of.
+        seen: The lowest and the highest pixel of a real batch, where there was one.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -32,6 +33,7 @@ class PixelFormat:
     pad: float = 0.0
     size: tuple[int, int] | None = None
     divisor: int = 1
+    seen: tuple[float, float] | None = field(default=None, compare=False)
 
     @classmethod
     def from_options(cls, options: Any, where: str) -> PixelFormat:
@@ -71,6 +73,9 @@ class PixelFormat:
 #: Ultralytics: RGB in [0, 1], padded with grey.
 ULTRALYTICS = PixelFormat(std=(255.0, 255.0, 255.0), rgb=True, pad=114 / 255)
 
+#: Grey levels: no batch of coloured pictures is that dark throughout.
+_DARK = 8.0
+
 _EXAMPLE = 'dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), rgb=True, pad=0.0)'
 
 _OTHER_CHANNELS = (
@@ -101,7 +106,7 @@ class Renormalize:
             the number in the teacher's format where the student's has one and the teacher's several.
 
     Raises:
-        DistillError: The formats have other numbers of channels.
+        DistillError: The formats have other numbers of channels, or the student's batches are no pixels in its format.
 
     Attributes:
         same: Whether both agree, so that the student's tensor itself is handed on.
@@ -135,6 +140,14 @@ class Renormalize:
         self._same_pad = student.pad == teacher.pad
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._same_statistics = all(bool((a == b).all()) for a, b in ((mean, theirs[0]), (std, theirs[1])))
+        if student.seen is not None and len(student.mean) == 3 and not self._same_statistics:
+            low, high = student.seen
+            if low < high and max(-low, high) < _DARK:
+                raise DistillError(
+                    f"The student's images, brought back to pixels ({student}), lie between {low:.2f} and {high:.2f} "
+                    'instead of 0 and 255: something scales them that cannot be seen; write pixel_format='
+                    'dict(mean=(...), std=(...), rgb=True) beside teacher and terms.'
+                )
         self.same = self._same_statistics and self._same_pad and not self.flip
         self.description = 'same as student' if self.same else f'{teacher} (student: {student})'
 

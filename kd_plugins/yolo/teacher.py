@@ -228,7 +228,7 @@ def load_teacher(
         head.fuse = _keep
     with untouched_rng():
         model.fuse(verbose=False)
-    inputs: Any = Renormalize(student, ULTRALYTICS)
+    inputs: Any = Renormalize(student, ULTRALYTICS, channels=input_channels(model))
     shown = "the student's batch as it is" if inputs.same else inputs.description
     if size is not None:
         if not is_classifier(model):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     'losses': 'errors',
     'adapters': 'errors',
     'predictions': 'errors losses adapters',
-    'distiller': f'{HEADS} recipes',
+    'distiller': f'{HEADS} recipes type_names',
     'teachers': ENGINE,
     'registry': '',
     'classification': f'{TEACHERS} registry type_names',

@@ -376,3 +376,33 @@ def test_coco_files_may_be_corrupt_too(coco):
         CocoMultiLabel(coco, 'train.json', 'images')[0]
     taken = CocoMultiLabel(coco, 'train.json', 'images', on_corrupt='skip')[0]['data_samples']
     assert taken.img_path.endswith('a.png') and taken.gt_label.tolist() == [0, 0]
+
+
+def test_inside_the_wrappers_of_mmengine(tmp_path):
+    """What RepeatDataset, ConcatDataset and ClassBalancedDataset ask of a data set."""
+    from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    one = dict(type='kd_plugins.ArrayDataset', images=images, labels=[0, 0, 0, 0, 0, 1], classes=('a', 'b'))
+    several = {**one, 'labels': np.array([[1, 0], [1, 1], [0, 0]] * 2)}
+    for cfg in (one, several):
+        data = RepeatDataset(dict(cfg), 2)
+        assert len(data) == 12 and data.metainfo == dict(classes=('a', 'b')) and data[7]['inputs'].shape == (3, 4, 4)
+        data = ConcatDataset([dict(cfg), dict(cfg)])
+        assert len(data) == 12 and data.get_data_info(7)['sample_idx'] == 1
+    balanced = ClassBalancedDataset(dict(one), 0.5)
+    # The rare class once per sqrt(0.5 / (1 / 6)), rounded up.
+    assert balanced.repeat_indices == [0, 1, 2, 3, 4, 5, 5]
+    assert ClassBalancedDataset(dict(several), 0.9).repeat_indices == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+
+
+def test_what_is_known_of_an_image():
+    data = ArrayDataset(np.zeros((3, 4, 4, 3), np.uint8), [0, 2, 1])
+    assert data.get_data_info(-2) == dict(img_path='images[1]', gt_label=2, sample_idx=1)
+    assert data.get_cat_ids(1) == [2]
+    several = ArrayDataset(np.zeros((2, 4, 4, 3), np.uint8), np.array([[1, 0, 1], [0, 0, 0]]))
+    assert several.get_cat_ids(0) == several.get_data_info(0)['gt_label'] == [0, 2] and several.get_cat_ids(1) == []
+    with pytest.raises(IndexError):
+        data.get_data_info(3)
+    data.metainfo['classes'] = ()
+    assert data.metainfo == dict(classes=('0', '1', '2'))

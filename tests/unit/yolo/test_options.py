@@ -136,7 +136,8 @@ def test_losses_that_cannot_be_built():
 def test_imports_no_ultralytics():
     code = (
         'import sys, kd_plugins, kd_plugins.yolo\n'
-        "kd_plugins.yolo.DistillOptions('a.pt', cls_loss='dkd').expand(classifier=True, end_to_end=False, masks=False)\n"
+        "options = kd_plugins.yolo.DistillOptions('a.pt', cls_loss='dkd')\n"
+        'options.expand(classifier=True, end_to_end=False, masks=False)\n'
         "heavy = {'ultralytics', 'mmengine', 'mmcv', 'mmdet', 'timm', 'kd_plugins.mm'} & set(sys.modules)\n"
         'assert not heavy, heavy'
     )

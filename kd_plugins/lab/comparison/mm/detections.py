@@ -28,7 +28,8 @@ def read_detections(files: Mapping[str, Path], dataset: Mapping[str, Any], count
     annotations = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
     if annotations.suffix != '.json' or not annotations.is_file():
         return None
-    names = (dataset.get('metainfo') or {}).get('classes') or DATASETS.get(dataset['type']).METAINFO['classes']
+    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    names = (dataset.get('metainfo') or {}).get('classes') or kind.METAINFO['classes']
     classes = (names,) if isinstance(names, str) else tuple(names)
     truth = read_ground_truth(annotations, classes)
     found = {name: read_predictions(file) for name, file in files.items()}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from kd_plugins.lab.comparison.figures import spread
 from kd_plugins.lab.comparison.segmentations import IGNORED, Segmentations
+from kd_plugins.type_names import type_name
 
 
 def read_segmentations(
@@ -63,5 +64,5 @@ def _loader(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
     """The transform that reads the ground truth of a data set, so that its options count here too."""
     while 'dataset' in dataset:
         dataset = dataset['dataset']
-    steps = (step for step in dataset.get('pipeline') or () if str(step['type']).endswith('LoadAnnotations'))
+    steps = (step for step in dataset.get('pipeline') or () if type_name(step['type']) == 'LoadAnnotations')
     return next(steps, dict(type='LoadAnnotations'))

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.comparison.mm.logs import find_metric
 from kd_plugins.lab.comparison.table import BOXES, LABEL_MAPS, Metrics
+from kd_plugins.type_names import type_name
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def find_evaluator(config: Config, where: str) -> Evaluator:
     found = config.get('test_evaluator')
     listed = isinstance(found, (list, tuple))
     for i, metric in enumerate(found if listed else [found]):
-        kind = str(metric.get('type')).split('.')[-1] if isinstance(metric, Mapping) else None
+        kind = type_name(metric.get('type')) if isinstance(metric, Mapping) else None
         key = f'test_evaluator.{i}' if listed else 'test_evaluator'
         if kind == DETECTION.evaluator:
             return Evaluator(DETECTION, key, metric)
