@@ -28,7 +28,7 @@ def build(tmp_path_factory):
     """``build(yaml, nc=3, seed=0)``: a model in evaluation mode; not to be changed by a test."""
     folder = tmp_path_factory.mktemp('small')
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def make(cfg, **options):
         return yolo_lab.build(file_of(cfg, folder), **options)
 
@@ -46,7 +46,7 @@ def teacher_file(tmp_path_factory):
     test."""
     folder, made = tmp_path_factory.mktemp('teachers'), []
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def save(cfg, name='teacher.pt', **options):
         made.append(cfg)
         place = folder / str(len(made))

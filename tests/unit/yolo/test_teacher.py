@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from kd_plugins.errors import DistillError
 from kd_plugins.distiller import Tap
+from kd_plugins.errors import DistillError
 from kd_plugins.predictions import DensePredictions, MaskPredictions, read
 from kd_plugins.yolo.heads import head_of, head_path, is_end_to_end, select_branch
 from kd_plugins.yolo.host import UltralyticsHost
