@@ -362,6 +362,38 @@ def test_classes_do_not_restrict_a_classifier(begin):
     assert run.session.classes[''] is None
 
 
+# ------------------------------------------------------------------ what a teacher cannot teach
+@pytest.mark.parametrize(
+    'student, teacher, options, message',
+    [
+        ('small.yaml', 'yolov8n-cls.yaml', {}, 'student is a detector and the teacher a classifier'),
+        ('yolo11n-cls.yaml', 'small.yaml', {}, 'student is a classifier and the teacher a detector'),
+        ('yolo11n-obb.yaml', 'small.yaml', {}, r'leave the boxes out \(weight 0\)'),
+        ('small.yaml', 'yolo11n-obb.yaml', {}, r'leave the boxes out \(weight 0\)'),
+        (
+            'small.yaml',
+            'yolo11n-obb.yaml',
+            dict(box_loss='ld'),
+            r'rotated axes, in strides, those of the student are not',
+        ),
+    ],
+)
+def test_refused(begin, student, teacher, options, message):
+    with pytest.raises(DistillError, match=message) as error:
+        begin(student, teacher, **options)
+    assert len(str(error.value)) < 400
+
+
+def test_a_classifier_may_teach_its_features(begin):
+    term = dict(loss=dict(type='ChannelWiseDivLoss'), student='stages[-1]', teacher='stages[-1]')
+    run = begin('small.yaml', 'yolov8n-cls.yaml', terms={'fea': term})
+    assert column(run, 'fea') > 0
+
+
+def test_the_classes_of_rotated_boxes_are_taught(begin):
+    assert column(begin('small.yaml', 'yolo11n-obb.yaml', box=0), 'cls') > 0
+
+
 # ------------------------------------------------------------------ features and their adapters
 FEATURE_LOSSES = ['mse', 'cwd', 'pkd', 'mgd', 'cosine']
 
