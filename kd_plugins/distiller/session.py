@@ -30,6 +30,9 @@ from kd_plugins.predictions import Classes, ClassPredictions, Form, align_classe
 #: Iterations in which KD should have been computed and was not, after which a run is stopped.
 PATIENCE = 2
 
+#: Losses below are those of equal models: fusing the teacher's normalisation rounds differently.
+EQUAL = 1e-6
+
 
 class CannotRunError(DistillError):
     """A model does not take the images of the start-up check; another size may do."""
@@ -272,7 +275,7 @@ class Session:
         notes = []
         if all(t.always_zero for t in self.terms.values()):
             notes.append('all weights are 0: the run is the plain one')
-        elif all(row.value == 0 for row in rows):
+        elif all(abs(row.value) < EQUAL for row in rows):
             notes.append('student and teacher are equal so far: only what the labels change will be held back')
         besides = {words for (side, *_), found in batch.read.items() if side == 'student' for words in found.besides}
         if besides:

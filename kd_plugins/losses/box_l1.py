@@ -82,6 +82,7 @@ def _distances(student: Dense, teacher: Dense) -> tuple[Tensor, Tensor]:
         role, predictions = ('student', student) if student.ltrb is None else ('teacher', teacher)
         raise DistillError(
             f'BoxL1Loss cannot compare boxes: the codings differ (student {student.box_coding!r}, teacher '
-            f'{teacher.box_coding!r}) and the {role} has no decoded boxes{reason_for_absence(predictions, "ltrb")}.'
+            f'{teacher.box_coding!r}) and the {role} has no decoded boxes{reason_for_absence(predictions, "ltrb")}; '
+            'leave the boxes out (weight 0), or take a teacher with boxes of the same kind.'
         )
     return student.ltrb, teacher.ltrb

@@ -28,7 +28,7 @@ def align(
        teacher of the same family. Other combinations are refused.
     3. Points: the teacher's ``ltrb`` are counted from the student's points, so that boxes in pixels stay what
        they were. Its bins (``dist``) and raw ``box`` cannot be moved: they are kept only where points are the
-       same, otherwise None (the reason is in ``absent``).
+       same, otherwise None (the reason is in ``absent``), and bins only where they tell the same distances.
     4. Classes: ``classes`` selects and orders both; of a softmax head the others join the background.
     5. Objectness: if only one has it (a centerness is none), it is multiplied into that head's classes.
     6. Activation: if the two differ, both become binary logits (``'sigmoid'``), exactly where float32 allows.
@@ -50,7 +50,7 @@ def align(
             f'The student predicts for {student.cls.shape[0]} images and the teacher for {teacher.cls.shape[0]}.'
         )
     student, teacher = _common_levels(student, teacher)
-    teacher = _to_positions(teacher, student)
+    teacher = _same_distances(student, _to_positions(teacher, student))
     student, teacher = _common_classes(student, teacher, classes)
     if _has_objectness(student) != _has_objectness(teacher):
         # Of a head with objectness, the classes alone are conditional ("if there is an object") and arbitrary on the
@@ -60,6 +60,15 @@ def align(
         student = student.replace(cls=student.binary_logits(), activation='sigmoid')
         teacher = teacher.replace(cls=teacher.binary_logits(), activation='sigmoid')
     return student, teacher
+
+
+def _same_distances(student: DensePredictions, teacher: DensePredictions) -> DensePredictions:
+    """The teacher, without its bins where their distances (of a rotated box, say) are not those of the student's."""
+    ours, theirs = (None if p.ltrb is not None else p.box_coding for p in (student, teacher))
+    if teacher.dist is None or ours == theirs:
+        return teacher
+    reason = f'its bins are {theirs or "distances to the sides of an upright box"}, those of the student are not'
+    return teacher.replace(dist=None, absent={**teacher.absent, 'dist': reason})
 
 
 def match_classes(

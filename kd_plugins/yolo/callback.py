@@ -15,7 +15,7 @@ from kd_plugins.distiller import Position, Session, build_terms, find_module, su
 from kd_plugins.distiller.summary import classes_text, schedule_text
 from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError, check_keys
-from kd_plugins.predictions import MaskPredictions, readable
+from kd_plugins.predictions import ClassPredictions, DensePredictions, MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
 from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
@@ -137,6 +137,7 @@ class DistillCallback:
                     'teacher on the same kind of images.'
                 )
             host.follow(teacher)
+        _refuse_other_tasks(session, host)
         session.check_heads()
         names = class_names(trainer.data.get('names'))
         classes = {}
@@ -257,6 +258,26 @@ def _found(options: DistillOptions) -> DistillOptions:
 
     sources = {name: found(name, source) for name, source in options.sources().items()}
     return options.replace(teacher=sources['']) if options.teachers is None else options.replace(teachers=sources)
+
+
+def _refuse_other_tasks(session: Session, host: UltralyticsHost) -> None:
+    """Refuse that the classes of images are taught to a detector or the other way round; features may be.
+
+    Raises:
+        DistillError: A term compares what a teacher predicts, which its student does not.
+    """
+    words = {True: 'classifier', False: 'detector'}
+    for term in session.terms.values():
+        teacher = session.teachers[term.teacher.owner]
+        if term.consumes == 'features' or term.teacher.module != teacher.head:
+            continue
+        head = find_module(teacher.model, teacher.head, 'teacher')
+        theirs = readable(head, ClassPredictions)
+        if theirs != host.classifier and (theirs or readable(head, DensePredictions)):
+            raise DistillError(
+                f'The student is a {words[host.classifier]} and the teacher a {words[theirs]}: a teacher must do what '
+                'its student does (detect, segment, pose and obb count as detectors), or teach features only.'
+            )
 
 
 def _refuse_tune(*args: Any, **options: Any) -> None:

@@ -40,6 +40,14 @@ SHORT_LOSSES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+#: Options that only say how a short option is to be done.
+HOW = {
+    'cls': ('cls_loss', 'temperature'),
+    'box': ('box_loss', 'box_temperature'),
+    'mask': ('mask_topk',),
+    'feature': ('feature_loss',),
+}
+
 
 @dataclass(frozen=True)
 class DistillOptions:
@@ -55,7 +63,7 @@ class DistillOptions:
         terms: What is distilled, in full: ``{name: {loss: {type: ...}, student: tap, teacher: tap, adapter: auto,
             weight: 1.0, ...}}`` as in MMEngine's hook. Taps are ``head``, ``neck``, ``backbone``, ``stages[i]``,
             ``model.<layer>``. The options ``cls`` to ``feature`` are short for such terms; beside ``terms`` or a
-            ``recipe`` only those that are given count.
+            ``recipe`` only those that are given count, and for a term of that name in ``terms`` they are its weight.
         recipe: Name (or file) of a recipe whose terms are taken: ``cwd``, ``pkd``, ``mgd``, ``cosine``, ...
         imports: Modules of your own losses, ``[my_package.losses]``.
         alpha: Balance in [0, 1]: alpha x the KD losses + (1 - alpha) x the task loss while KD is on. None: both as
@@ -244,6 +252,8 @@ class DistillOptions:
                 f'branch={self.branch!r}, but the student is not end-to-end: it has one branch; leave branch out.'
             )
         written = self.terms is not None or self.recipe is not None
+        if written:
+            self._refuse_idle()
         if classifier:
             if any(getattr(self, name) not in (None, 0) for name in ('box', 'mask', 'feature')):
                 raise DistillError(
@@ -252,14 +262,20 @@ class DistillOptions:
             short = {} if written and self.cls is None else {'cls': self._term('cls', 'cls_loss', 'kl')}
         else:
             short = self._dense_terms(written, masks)
+        own = dict(self.terms or {})
         terms = {}
         for name, term in short.items():
+            there = [n for n in (name, f'{name}_one2one') if isinstance(own.get(n), Mapping)]
+            if there and not self._changed(HOW[name]):
+                own.update({n: {**own[n], 'weight': term['weight']} for n in there})
+                continue
+            own = {n: t for n, t in own.items() if n not in there}
             # A weight of 0 is the plain way to leave a term out; with nothing else there it says that KD is off.
             if term['weight'] != 0 or written or all(t['weight'] == 0 for t in short.values()):
                 terms.update(self._by_branch(name, term, end_to_end, teacher_end_to_end))
         options = dict(
             teachers=self.sources(),
-            terms={**terms, **(self.terms or {})},
+            terms={**terms, **own},
             recipe=self.recipe,
             start=self.start or None,  # that of the recipe, if it has one
             stop=self.stop,
@@ -268,6 +284,23 @@ class DistillOptions:
             imports=self.imports,
         )
         return RunOptions.read(options, 'classification' if classifier else 'detection', 'the distillation')
+
+    def _changed(self, names: Sequence[str]) -> list[str]:
+        """Those of some options that are not their defaults."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def _refuse_idle(self) -> None:
+        """Refuse options that say how a short option is to be done which is not there."""
+        missing = [name for name in HOW if getattr(self, name) is None]
+        idle = [option for name in missing for option in self._changed(HOW[name])]
+        if len(missing) == len(HOW):
+            idle += self._changed(('foreground', 'branch'))
+        if idle:
+            raise DistillError(
+                f'{idle[0]} belongs to the short options, and beside terms or a recipe it would do nothing; write it '
+                'inside the term.'
+            )
 
     def _dense_terms(self, written: bool, masks: bool) -> dict[str, dict[str, Any]]:
         found = {}

@@ -45,7 +45,8 @@ def launch(tmp_path, data, name, callback):
 def test_two_ranks(tmp_path):
     data = write_data(tmp_path / 'data')
     teacher = save_teacher(tmp_path / 'teacher.pt', 'yolo26s.yaml')
-    callback = DistillCallback(teacher)
+    # Of other widths: with adapters.
+    callback = DistillCallback(teacher, feature=1.0)
     run, ranks, size, done = launch(tmp_path, data, 'kd', callback)
     _, plain, plain_size, _ = launch(tmp_path, data, 'plain', None)
     assert ranks[0]['parameters'] == ranks[1]['parameters'] != plain[0]['parameters']
@@ -54,6 +55,9 @@ def test_two_ranks(tmp_path):
     kd = [r['items']['kdcls_loss'] for r in ranks]
     assert min(kd) > 0 and kd[0] != kd[1]
     assert all(v > 0 for v in results(run)['train/kdcls_loss'])
+    # One set of adapters, which both ranks train.
+    assert ranks[0]['adapters'] == ranks[1]['adapters'] and ranks[0]['adapter_steps'] == ranks[0]['steps'] > 0
+    assert (run / 'weights/kd_last.pt').exists()
     # What travels to the workers is the options, not the teacher.
     assert size - plain_size < 20_000 < os.path.getsize(teacher)
     assert (done.stdout + done.stderr).count('Knowledge distillation is ON') == 1

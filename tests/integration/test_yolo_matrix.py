@@ -80,7 +80,7 @@ def test_branches_and_l2(data, tmp_path, teacher, options):
 def test_features_of_equal_channels(data, tmp_path):
     file = save_teacher(tmp_path / 'teacher.pt', 'yolo11n.yaml')
     found = distil('yolo11n.yaml', file, data(), tmp_path, cls=0, box=0, feature=0.5)
-    assert found['train/kdfea_loss'][0] > 0 and found[KD[0]] == [0]
+    assert found['train/kdfea_loss'][0] > 0 and not set(KD) & set(found)
 
 
 # ------------------------------------------------------------------ class sets
@@ -139,7 +139,7 @@ REFUSED = [
         'detect',
         dict(cfg='yolov8n.yaml'),
         dict(classes=('red', 'green')),
-        'but 2 class names',
+        'classes has 2 names but the teacher predicts 3 classes',
     ),
     (
         'yolo11n.yaml',
@@ -165,12 +165,29 @@ REFUSED = [
         dict(cls_loss='bce', temperature=-0.0),
         'temperature',
     ),
-    ('yolo11n-cls.yaml', 'classify', dict(cfg='yolov8n-cls.yaml'), dict(cls_loss='l2'), 'cannot be used for classify'),
-    ('yolo11n.yaml', 'detect', dict(cfg='yolov8n.yaml'), dict(cls_loss='kl'), 'independent sigmoids'),
+    (
+        'yolo11n-cls.yaml',
+        'classify',
+        dict(cfg='yolov8n-cls.yaml'),
+        dict(cls_loss='l2'),
+        'compares detection heads; take a loss for classif',
+    ),
+    (
+        'yolo11n.yaml',
+        'detect',
+        dict(cfg='yolov8n.yaml'),
+        dict(cls_loss='kl'),
+        'a sigmoid each; write .*BinaryKLDivLoss',
+    ),
     ('yolo11n.yaml', 'detect', dict(cfg='yolov8n.yaml'), dict(branch='both'), 'the student is not end-to-end'),
     ('yolo26n.yaml', 'detect', dict(cfg='yolov8n.yaml'), dict(box_loss='ld'), 'student.*does not .*reg_max=1'),
-    ('yolo11n.yaml', 'detect', dict(cfg='yolo11n-obb.yaml'), {}, 'are rotated.*set box=0'),
-    ('yolo11n.yaml', 'detect', dict(cfg='yolo11s.yaml'), dict(feature=1.0), '64 feature channels and the teacher 128'),
+    (
+        'yolo11n.yaml',
+        'detect',
+        dict(cfg='yolo11n-obb.yaml'),
+        {},
+        r'its boxes are rotated; leave the boxes out \(weight 0\)',
+    ),
     ('yolo11n.yaml', 'detect', dict(cfg='yolov8n.yaml'), dict(start=5), 'start=5 is not before the end of the run'),
     ('yolo11n.yaml', 'detect', dict(cfg='yolov8n.yaml', ch=1), {}, r'images of 3 channel\(s\) and the teacher of 1'),
 ]
@@ -200,14 +217,16 @@ def test_an_upright_student_may_learn_the_classes_of_an_obb_teacher(data, tmp_pa
     assert found[KD[0]][0] > 0 and KD[1] not in found
 
 
-def test_student_that_starts_as_the_teacher(data, tmp_path):
+def test_student_that_starts_as_the_teacher(data, tmp_path, caplog):
+    """Not an error: so do people begin who add classes without forgetting, or prune."""
     from ultralytics import YOLO
 
     file = save_teacher(tmp_path / 'teacher.pt', 'yolo11n.yaml')
     model = YOLO(file)
     DistillCallback(file).register(model)
-    with pytest.raises(DistillError, match="starts from the teacher's own file"):
-        train(model, data(), tmp_path)
+    found = results(train(model, data(), tmp_path, val=False, epochs=2))
+    assert 'student and teacher are equal so far' in text_of(caplog)
+    assert all(v > 0 for k in KD for v in found[k])
 
 
 def test_registering(tmp_path):

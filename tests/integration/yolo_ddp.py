@@ -15,7 +15,7 @@ class CPUTrainer(DetectionTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.world_size = 2
+        self.world_size, self.steps = 2, 0
 
     def _setup_ddp(self):
         dist.init_process_group('gloo', rank=RANK, world_size=self.world_size)
@@ -28,14 +28,32 @@ class CPUTrainer(DetectionTrainer):
         finally:
             torch.nn.parallel.DistributedDataParallel = parallel
 
+    def adapters(self):
+        """The trained adapters of a distilled run, as this rank has them."""
+        handlers = [getattr(h, '__self__', None) for h in self.callbacks['teardown']]
+        callback = next((h for h in handlers if hasattr(h, 'session')), None)
+        if callback is None:
+            return {}
+        digest = hashlib.sha256()
+        for value in callback.session.bank.export_state().values():
+            digest.update(value.numpy().tobytes())
+        steps = callback.session.optimizer.steps
+        return dict(adapters=digest.hexdigest(), adapter_steps=steps, steps=self.steps)
+
+    def optimizer_step(self):
+        self.steps += 1
+        super().optimizer_step()
+
     def final_eval(self):
         """Write what this rank ended with, instead of the last validation, which asks for the GPU of its rank."""
         parameters = hashlib.sha256()
         for value in self.model.module.parameters():
             parameters.update(value.detach().cpu().numpy().tobytes())
+        own = self.adapters()
         report = dict(
             parameters=parameters.hexdigest(),
             items={k: float(v) for k, v in self.loss_items.items()},
+            **own,
             criterion=type(self.model.module.criterion).__name__,
         )
         with open(os.path.join(os.environ['KD_REPORT'], f'{RANK}.json'), 'w') as file:

@@ -233,3 +233,14 @@ def test_points_are_compared_once_and_never_again(teacher):
     assert count.waiting == 0
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.boxes(), other.boxes())
+
+
+def test_bins_of_other_distances_are_not_compared():
+    """The sides of a rotated box are other distances than those of an upright one, though both have bins."""
+    upright = make(seed=1, bins=True)
+    rotated = make(seed=2, bins=True).replace(ltrb=None)
+    for ours, theirs in ((upright, rotated), (rotated, upright)):
+        assert align(ours, theirs)[1].dist is None
+        with pytest.raises(DistillError, match='those of the student are not'):
+            align(ours, theirs)[1].require('dist')
+    assert torch.equal(align(rotated, rotated)[1].dist, rotated.dist)

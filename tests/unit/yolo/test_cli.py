@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd_plugins import autoload
+from kd_plugins.distiller import build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.yolo import DistillCallback, DistillOptions
 from kd_plugins.yolo.cli import by_default, choose, help_text, main, option_docs, overrides_of, parse_value, split
@@ -126,22 +127,68 @@ def test_refused(overrides, given, message):
         choose(overrides, given)
 
 
+class Session:
+    """The checked session of a run, as far as its record is concerned."""
+
+    def __init__(self, terms):
+        self.terms = build_terms(terms)
+
+
+FACTS = dict(classifier=False, end_to_end=False, masks=False)
+
+
+def record(path, options):
+    """Write the kd.yaml that a run with some options leaves."""
+    run = options.expand(**FACTS)
+    write_recipe(path, options, run, Session(run.terms))
+
+
+def stands_for(options):
+    return options.expand(**FACTS).to_dict()
+
+
+def write_last(folder, columns=('train/box_loss', 'train/kdcls_loss')):
+    """The last.pt of a run whose results.csv has some columns."""
+    import torch
+
+    last = folder / 'weights' / 'last.pt'
+    last.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({'model': None, 'train_results': {c: [0.5] for c in columns}}, last)
+    return last
+
+
 def test_resume_takes_the_recipe_of_the_run(tmp_path):
-    last = tmp_path / 'run' / 'weights' / 'last.pt'
-    last.parent.mkdir(parents=True)
-    last.write_bytes(b'')
+    last = write_last(tmp_path / 'run')
     resume = dict(mode='train', resume=True, model=str(last))
     with pytest.raises(DistillError, match=r'no kd\.yaml.*restore the file or name one with kd='):
         choose(resume, {})
     # Options alone would silently leave the others at their defaults.
     with pytest.raises(DistillError, match=r'no kd\.yaml'):
         choose(resume, dict(teacher='b.pt'))
-    write_recipe(tmp_path / 'run' / 'kd.yaml', DistillOptions('a.pt', cls=2.0))
-    assert choose(resume, {}) == DistillOptions('a.pt', cls=2.0)
-    assert choose(dict(mode='train', resume=str(last)), dict(teacher='moved.pt')) == DistillOptions('moved.pt', cls=2.0)
+    record(tmp_path / 'run' / 'kd.yaml', DistillOptions('a.pt', cls=2.0))
+    assert stands_for(choose(resume, {})) == stands_for(DistillOptions('a.pt', cls=2.0))
+    moved = choose(dict(mode='train', resume=str(last)), dict(teacher='moved.pt'))
+    assert stands_for(moved) == stands_for(DistillOptions('moved.pt', cls=2.0))
+    changed = choose(resume, dict(cls=0.5))
+    assert stands_for(changed) == stands_for(DistillOptions('a.pt', cls=0.5))
     other = tmp_path / 'other.yaml'
     other.write_text('teacher: c.pt\n')
     assert choose(resume, dict(kd=str(other))) == DistillOptions('c.pt')
+
+
+def test_a_recipe_of_an_earlier_run_in_the_folder_is_refused(tmp_path):
+    """A plain run leaves no kd.yaml; what is there is not how it was trained."""
+    run = tmp_path / 'run'
+    record_of = lambda columns: choose(dict(mode='train', resume=str(write_last(run, columns))), {})  # noqa: E731
+    write_last(run)
+    record(run / 'kd.yaml', DistillOptions('a.pt'))
+    with pytest.raises(DistillError, match=r'is left over from another run.*yolo train resume.*kd='):
+        record_of(('train/box_loss', 'val/box_loss'))
+    assert record_of(('train/box_loss', 'train/kdfea_loss')).teacher == 'a.pt'
+    # Before its first epoch was logged nobody knows.
+    assert record_of(()).teacher == 'a.pt'
+    last = write_last(run, ('train/box_loss',))
+    assert choose(dict(mode='train', resume=str(last)), dict(kd=str(run / 'kd.yaml'))).teacher == 'a.pt'
 
 
 def test_resume_of_a_checkpoint_that_was_copied_elsewhere(tmp_path):
@@ -154,7 +201,8 @@ def test_resume_of_a_checkpoint_that_was_copied_elsewhere(tmp_path):
     torch.save({'model': build('yolo11n.yaml').half(), 'train_args': {'save_dir': str(run)}}, copy)
     with pytest.raises(DistillError, match=re.escape(f'the run in {str(run)!r} has no kd.yaml')):
         recipe_of_run(copy)
-    write_recipe(run / 'kd.yaml', DistillOptions('a.pt'))
+    run.mkdir()
+    record(run / 'kd.yaml', DistillOptions('a.pt'))
     assert recipe_of_run(copy) == str(run / 'kd.yaml')
 
 
@@ -163,9 +211,14 @@ def test_resume_of_a_checkpoint_that_was_copied_elsewhere(tmp_path):
 def test_our_recipes(file):
     """They are valid, say how they are used, and their losses exist."""
     options = DistillOptions(**{'teacher': 'a.pt', **read_recipe(file)})
-    auto = dict(cls_loss='bce', box_loss='iou', feature_loss='mse')
-    for option, name in auto.items():
-        options.build_loss(option, name)
+    known = []
+    for classifier in (True, False):
+        try:
+            run = options.expand(classifier=classifier, end_to_end=True, masks=True)
+        except DistillError:
+            continue
+        known.append(build_terms(run.terms))
+    assert known
     assert f'kd=configs/yolo/{file.name}' in file.read_text()
 
 
@@ -210,10 +263,27 @@ def test_a_missing_recipe_names_near_ones(tmp_path):
 def test_comments_in_a_recipe_survive_a_run_that_changes_nothing(tmp_path):
     file = tmp_path / 'kd.yaml'
     file.write_text('teacher: a.pt # mine\n')
-    write_recipe(file, DistillOptions('a.pt'))
+    record(file, DistillOptions('a.pt'))
     assert file.read_text() == 'teacher: a.pt # mine\n'
-    write_recipe(file, DistillOptions('a.pt', cls=2.0))
-    assert read_options(file) == DistillOptions('a.pt', cls=2.0)
+    record(file, DistillOptions('a.pt', cls=2.0))
+    assert stands_for(read_options(file)) == stands_for(DistillOptions('a.pt', cls=2.0))
+
+
+def test_a_run_records_what_its_options_stand_for(tmp_path, begin):
+    """Also which loss was chosen, with its options; and read again it is the same run."""
+    options = dict(
+        cls=dict(type='linear', start=1.0, end=0.5), feature=0.5, feature_loss='mgd', temperature=2.0, start=1
+    )
+    run = begin(box_loss=dict(type='AutoBoxLoss'), **options)
+    found = read_options(run.trainer.save_dir / 'kd.yaml')
+    assert list(found.terms) == ['cls', 'box', 'feature'] and found.cls is None and found.start == 1
+    assert found.terms['cls']['loss']['temperature'] == 2.0
+    assert found.terms['box']['loss'] == {'type': 'LocalizationDistillLoss', 'temperature': 10.0, 'foreground': True}
+    assert found.teacher == run.callback.options.teacher and os.path.isabs(found.teacher)
+    again = begin(terms=found.terms, start=1)
+    assert again.columns == run.columns
+    for one, two in zip(run.session.terms.values(), again.session.terms.values(), strict=True):
+        assert type(one.loss) is type(two.loss) and str(one.weight) == str(two.weight) and one.student == two.student
 
 
 # ---------------------------------------------------------------------- handing over
@@ -254,7 +324,7 @@ def test_plain_words_reach_ultralytics(ultralytics_command, words):
 def test_the_callback_is_a_default_only_meanwhile(ultralytics_command, teacher_file, monkeypatch, end):
     from ultralytics.utils.callbacks import default_callbacks
 
-    file = teacher_file('yolo11n.yaml')
+    file = teacher_file('small.yaml')
     monkeypatch.chdir(Path(file).parent)
     before, argv = {k: list(v) for k, v in default_callbacks.items()}, list(sys.argv)
     words = ['detect', 'train', 'model=yolo11n.yaml', 'kd_teacher=teacher.pt', 'kd_cls=2', end]
@@ -276,7 +346,7 @@ def test_default_callback_reaches_several_processes(teacher_file):
     cloudpickle = pytest.importorskip('cloudpickle')
     from ultralytics import YOLO
 
-    callback = DistillCallback(teacher_file('yolo11n.yaml'), cls=2)
+    callback = DistillCallback(teacher_file('small.yaml'), cls=2)
     with by_default(callback):
         models = [YOLO('yolo11n.yaml', verbose=False) for _ in range(2)]
     (one,), (two,) = (owners(m.callbacks) for m in models)
@@ -296,7 +366,7 @@ def test_help(capsys):
         assert main(words) == 0
         text = capsys.readouterr().out
         assert all(f'  kd_{name}  [' in text for name in DistillOptions.names())
-    assert 'kd_teacher  [required]' in text and "kd_branch  ['one2many']" in text and 'Weight of the box term' in text
+    assert 'kd_teacher  [None]' in text and "kd_branch  ['one2many']" in text and 'Weight of the box term' in text
     assert '``' not in text and text.strip() == help_text()
     assert set(option_docs()) == set(DistillOptions.names())
 

@@ -277,7 +277,7 @@ def test_descent_on_the_term_lowers_it(segment):
 def test_masks_of_each_branch(segment, branch):
     run = segment('yolo26n-seg.yaml', 'yolo26n-seg.yaml', cls=0, box=0, branch=branch)
     assert list(run.session.terms) == (['mask'] if branch == 'one2one' else ['mask', 'mask_one2one'])
-    total, _ = added(run)
+    total = added(run)[0]
     total.backward()
     head = head_of(run.student)
     for layers, learns in ((head.one2one_cv4, True), (head.cv4, branch == 'both')):

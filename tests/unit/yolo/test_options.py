@@ -133,6 +133,49 @@ def test_losses_that_cannot_be_built():
         build(cls_loss=dict(type='KLDivLoss'), temperature=2.0)
 
 
+def weights(**given):
+    return {name: str(term.weight) for name, term in terms(**given).items()}
+
+
+OWN = {
+    'cls': dict(loss=dict(type='BinaryKLDivLoss'), student='head', teacher='head', weight=3.0),
+    'neck': dict(loss=dict(type='ChannelWiseDivLoss'), student='neck', teacher='neck', weight=2.0),
+}
+
+
+def test_short_options_beside_terms():
+    """Only those that are given count; they are the weight of a term of that name, which stays as it is."""
+    assert weights(terms=OWN) == {'cls': '3', 'neck': '2'}
+    assert weights(terms=OWN, box=1.0) == {'box': '1', 'cls': '3', 'neck': '2'}
+    assert weights(terms=OWN, cls=0.5) == {'cls': '0.5', 'neck': '2'}
+    assert weights(terms=OWN, cls=0) == {'cls': '0', 'neck': '2'}
+    found = terms(terms=OWN, cls=0.5, cls_loss='l2')
+    assert isinstance(found['cls'].loss, YOLOLogitLoss) and str(found['cls'].weight) == '0.5'
+    both = {'cls': OWN['cls'], 'cls_one2one': OWN['cls']}
+    assert weights(terms=both, cls=0.5) == {'cls': '0.5', 'cls_one2one': '0.5'}
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        dict(cls_loss='l2'),
+        dict(temperature=2.0),
+        dict(box_loss='iou'),
+        dict(box_temperature=2.0),
+        dict(mask_topk=3),
+        dict(feature_loss='cwd'),
+        dict(foreground=False),
+        dict(branch='both'),
+        dict(cls=1.0, box_loss='iou'),
+    ],
+    ids=str,
+)
+def test_options_that_would_do_nothing_beside_terms(option):
+    name = list(option)[-1]
+    with pytest.raises(DistillError, match=f'^{name} belongs to the short options.*write it inside the term'):
+        terms(dict(end_to_end=True), terms=OWN, **option)
+
+
 def test_imports_no_ultralytics():
     code = (
         'import sys, kd_plugins, kd_plugins.yolo\n'

@@ -362,6 +362,287 @@ def test_classes_do_not_restrict_a_classifier(begin):
     assert run.session.classes[''] is None
 
 
+# ------------------------------------------------------------------ what a teacher cannot teach
+@pytest.mark.parametrize(
+    'student, teacher, options, message',
+    [
+        ('small.yaml', 'yolov8n-cls.yaml', {}, 'student is a detector and the teacher a classifier'),
+        ('yolo11n-cls.yaml', 'small.yaml', {}, 'student is a classifier and the teacher a detector'),
+        ('yolo11n-obb.yaml', 'small.yaml', {}, r'leave the boxes out \(weight 0\)'),
+        ('small.yaml', 'yolo11n-obb.yaml', {}, r'leave the boxes out \(weight 0\)'),
+        (
+            'small.yaml',
+            'yolo11n-obb.yaml',
+            dict(box_loss='ld'),
+            r'rotated axes, in strides, those of the student are not',
+        ),
+    ],
+)
+def test_refused(begin, student, teacher, options, message):
+    with pytest.raises(DistillError, match=message) as error:
+        begin(student, teacher, **options)
+    assert len(str(error.value)) < 400
+
+
+def test_a_classifier_may_teach_its_features(begin):
+    term = dict(loss=dict(type='ChannelWiseDivLoss'), student='stages[-1]', teacher='stages[-1]')
+    run = begin('small.yaml', 'yolov8n-cls.yaml', terms={'fea': term})
+    assert column(run, 'fea') > 0
+
+
+def test_the_classes_of_rotated_boxes_are_taught(begin):
+    assert column(begin('small.yaml', 'yolo11n-obb.yaml', box=0), 'cls') > 0
+
+
+# ------------------------------------------------------------------ features and their adapters
+FEATURE_LOSSES = ['mse', 'cwd', 'pkd', 'mgd', 'cosine']
+
+
+@pytest.mark.parametrize('loss', FEATURE_LOSSES)
+def test_features_of_other_widths_train_student_and_adapters(begin, loss):
+    run = begin(cls=0, box=0, feature=2.0, feature_loss=loss)
+    total, items = added(run)[2:]
+    assert items['kdfea_loss'] > 0
+    total[3].backward()
+    assert run.student.model[0].conv.weight.grad.any() and not any(
+        p.grad is not None and p.grad.any() for p in head_of(run.student).parameters()
+    )
+    for name, p in run.session.bank.named_parameters():
+        assert p.grad is not None and p.grad.any(), name
+    assert run.session.trainable
+
+
+TAPS = [
+    ('small.yaml', 'wide26.yaml', 'neck', 'neck', '24x8x8, 48x4x4, 64x2x2', ''),
+    ('small-p2.yaml', 'wide.yaml', 'neck', 'neck', '24x8x8, 48x4x4', 'strides 8/16/32; not 4 of the student'),
+    ('small-p4.yaml', 'wide.yaml', 'neck', 'neck', '48x4x4, 64x2x2', 'strides 16/32; not 8 of the teacher'),
+    ('small.yaml', 'small-p2.yaml', 'neck', 'neck', '16x8x8', 'strides 8/16/32; not 4 of the teacher'),
+    ('small.yaml', 'wide.yaml', 'model.3', 'model.3', '48x4x4', ''),
+    ('small.yaml', 'wide.yaml', 'stages[-1]', 'backbone', '64x2x2', ''),
+]
+
+
+@pytest.mark.parametrize('student, teacher, tap, other, shapes, note', TAPS, ids=[f'{t[0]}-{t[2]}' for t in TAPS])
+def test_levels_are_paired_by_stride_and_the_others_named(begin, caplog, student, teacher, tap, other, shapes, note):
+    term = dict(loss=dict(type='ChannelWiseDivLoss'), student=tap, teacher=other)
+    text = summary_of(begin, caplog, student, teacher, terms={'fea': term})
+    assert shapes in text and note in text and ('; not' in text) == bool(note)
+
+
+def step(run, epoch=0, backward=True):
+    """A training step on a batch."""
+    total = added(run, epoch=epoch)[2]
+    if backward:
+        total.sum().backward()
+        run.trainer.optimizer.step()
+        run.trainer.optimizer.zero_grad()
+    return total
+
+
+def weights_of(run):
+    return {k: v.clone() for k, v in run.session.bank.state_dict().items()}
+
+
+def same(one, two):
+    return all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_adapters_step_with_the_students_optimizer(begin):
+    run = begin(feature=1.0)
+    before = weights_of(run)
+    total = added(run)[2]
+    total.sum().backward()
+    assert same(before, weights_of(run))
+    run.trainer.optimizer.step()
+    after = weights_of(run)
+    assert not any(torch.equal(before[k], after[k]) for k in before) and run.session.optimizer.steps == 1
+    run.trainer.optimizer.zero_grad()
+    assert all(p.grad is None for p in run.session.bank.parameters())
+    run.callback.teardown(run.trainer)
+    step_student = run.trainer.optimizer
+    step_student.step()
+    assert same(after, weights_of(run)) and type(run.student.criterion).__name__ == 'v8DetectionLoss'
+
+
+def test_an_optimizer_that_is_built_anew_takes_the_adapters_along(begin):
+    """After an out-of-memory error the trainer makes another one; gradients of the failed batch are gone."""
+    run = begin(feature=1.0)
+    run.begin_epoch(run.trainer)
+    step(run)
+    state = run.session.state()
+    added(run)[2].sum().backward()
+    assert any(p.grad is not None for p in run.session.bank.parameters())
+    old, run.trainer.optimizer = run.trainer.optimizer, torch.optim.SGD(run.student.parameters(), 0.01, momentum=0.9)
+    run.trainer.optimizer.zero_grad()
+    run.begin_epoch(run.trainer)
+    assert all(p.grad is None for p in run.session.bank.parameters())
+    again = run.session.state()
+    assert same(state['adapters'], again['adapters']) and again['steps'] == 1 and again['optimizer']
+    old.step()
+    assert run.session.optimizer.steps == 1
+    step(run)
+    assert run.session.optimizer.steps == 2
+
+
+def test_an_epoch_that_is_done_again_begins_with_the_adapters_it_began_with(begin):
+    run = begin(feature=1.0)
+    trainer, states = run.trainer, []
+    for epoch in range(2):
+        trainer.epoch = epoch
+        run.callback.on_train_epoch_start(trainer)
+        states.append(weights_of(run))
+        step(run, epoch)
+        run.callback.on_train_epoch_end(trainer)
+    for _ in range(2):  # it may fail more than once
+        run.callback.on_train_epoch_start(trainer)
+        assert same(states[1], weights_of(run))
+        step(run, 1)
+        run.callback.on_train_epoch_end(trainer)
+    trainer.epoch = 2
+    end = weights_of(run)
+    run.callback.on_train_epoch_start(trainer)
+    assert same(end, weights_of(run)) and not same(end, states[1])
+
+
+@pytest.mark.parametrize('last', [0, 1])
+def test_resume_restores_the_adapters_of_the_epoch_in_last_pt(begin, trainer, last):
+    """The process may end between writing the adapters of an epoch and last.pt."""
+    run = begin(feature=1.0)
+    states = []
+    for epoch in range(2):
+        run.trainer.epoch = epoch
+        run.callback.on_train_epoch_start(run.trainer)
+        step(run, epoch)
+        run.callback.on_train_epoch_end(run.trainer)
+        states.append(run.session.state())
+    resumed = trainer()
+    resumed.resume, resumed.start_epoch, resumed.epoch = True, last + 1, last + 1
+    again = begin(resumed, feature=1.0).session.state()
+    assert same(states[last]['adapters'], again['adapters']) and again['steps'] == last + 1
+    for name, state in states[last]['optimizer'].items():
+        assert torch.equal(state['momentum_buffer'], again['optimizer'][name]['momentum_buffer'])
+
+
+def test_resume_without_the_adapters(begin, trainer):
+    def resume(**options):
+        found = trainer()
+        found.resume, found.start_epoch = True, 1
+        return begin(found, **options)
+
+    with pytest.raises(DistillError, match=r"resume needs the adapters of the run.*kd_last.pt' does not exist"):
+        resume(feature=1.0)
+    resume(feature=1.0, teacher='small.yaml')  # has none
+    resume()
+    run = begin(feature=1.0)
+    run.trainer.epoch = 3
+    step(run)
+    run.callback.on_train_epoch_end(run.trainer)
+    with pytest.raises(DistillError, match=r'holds the adapters of epochs \[3\], and last.pt is of epoch 0'):
+        resume(feature=1.0)
+    run.trainer.epoch = 0
+    run.callback.on_train_epoch_end(run.trainer)
+    with pytest.raises(DistillError, match='are not those of this config'):
+        resume(feature=1.0, feature_loss='mgd')
+
+
+def test_nothing_is_written_without_adapters_or_when_nothing_is_saved(begin):
+    for options, given in ((dict(), dict()), (dict(save=False), dict(feature=1.0))):
+        run = begin(run=options, **given)
+        step(run)
+        run.callback.on_train_epoch_end(run.trainer)
+        assert not list(run.trainer.wdir.iterdir())
+
+
+# ------------------------------------------------------------------ on, but nothing is distilled
+def test_a_criterion_that_is_never_called_stops_the_run(begin):
+    run = begin()
+    run.student.criterion = None
+    for _ in range(2):
+        run.callback.on_train_batch_start(run.trainer)
+    with pytest.raises(DistillError, match='on for 2 iterations, but somebody replaced the criterion of'):
+        run.callback.on_train_batch_start(run.trainer)
+
+
+def test_a_model_with_its_own_loss_is_named(begin, trainer):
+    found = trainer()
+
+    class Own(type(found.model)):
+        def loss(self, batch, preds=None):
+            return torch.zeros(3), {}
+
+    found.model.__class__ = Own
+    run = begin(found)
+    for _ in range(2):
+        run.callback.on_train_batch_start(run.trainer)
+    with pytest.raises(DistillError, match=r'but Own has a loss\(\) of its own that never calls self.criterion'):
+        run.callback.on_train_batch_start(run.trainer)
+
+
+def test_a_batch_that_is_done_again_was_not_missed(begin):
+    """An epoch begins anew with smaller batches, up to three times, when the student ran out of memory."""
+    run = begin()
+    for _ in range(4):
+        run.callback.on_train_epoch_start(run.trainer)
+        run.callback.on_train_batch_start(run.trainer)
+    assert added(run)[3]['kdcls_loss'] > 0
+
+
+def test_a_run_that_was_off_says_so_at_its_end(begin, caplog):
+    run = begin(start=2)
+    added(run)
+    run.callback.teardown(run.trainer)
+    assert 'This run was not distilled: KD (from 2 to the end) was never computed.' in caplog.text
+    caplog.clear()
+    for options in (dict(), dict(cls=0, box=0)):
+        run = begin(**options)
+        added(run)
+        run.callback.teardown(run.trainer)
+        assert 'not distilled' not in caplog.text
+
+
+def test_a_callback_on_two_models_at_the_same_time(begin, trainer, tmp_path):
+    run = begin()
+    other = trainer('small26.yaml')
+    run.callback.on_pretrain_routine_end(other)
+    second = run.callback._runs[other]
+    second.trainer = other
+    assert all(added(r)[3]['kdcls_loss'] > 0 for r in (run, second)) and second.student is not run.student
+    run.callback.teardown(other)
+    assert type(other.model.criterion).__name__ == 'E2ELoss' and type(run.student.criterion) is KDCriterion
+    assert added(run)[3]['kdcls_loss'] > 0
+
+
+def test_tuning_is_refused_on_this_object_only(begin, teacher_file, build):
+    from ultralytics import YOLO
+
+    from kd_plugins.yolo import DistillCallback
+
+    model = YOLO(build('small.yaml').yaml['yaml_file'], verbose=False)
+    callback = DistillCallback(teacher_file('wide.yaml')).register(model)
+    with pytest.raises(DistillError, match=r'tune\(\) trains in processes of its own.*kd.yaml.*yolo-kd enable'):
+        model.tune(data='coco8.yaml')
+    callback.unregister(model)
+    assert model.tune.__func__ is YOLO.tune and not vars(YOLO).get('tune')
+
+
+def test_a_limit_of_time_decides_the_number_of_epochs(begin):
+    with pytest.raises(DistillError, match='start=9 is not before the end of the run'):
+        begin(start=9)
+    begin(start=9, run=dict(time=0.1))
+
+
+def test_a_student_that_is_its_teacher_is_a_note(begin, trainer, teacher_file, caplog):
+    """So do people begin who add classes to a model without forgetting, or prune it."""
+    found = trainer()
+    file = teacher_file('small.yaml')
+    found.model.load_state_dict(load_model(file).state_dict())
+    with caplog.at_level('INFO', logger='ultralytics'):
+        run = begin(found, file)
+    assert 'student and teacher are equal so far: only what the labels change will be held back' in caplog.text
+    found.model.model[0].conv.weight.data *= 2
+    assert added(run)[3]['kdcls_loss'] > 0
+
+
 def test_version_tuple():
     assert version_tuple('8.4.190') == (8, 4, 190) and version_tuple('8.5') == (8, 5) > (8, 4, 140)
     assert version_tuple('8.4.140.dev1') == (8, 4, 140) > version_tuple('8.4.99')
