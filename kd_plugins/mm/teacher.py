@@ -34,10 +34,8 @@ from kd_plugins.teachers import (
     teacher_kind,
 )
 
-TEACHER_KEYS = (
-    'config', 'checkpoint', 'checkpoint_prefix', 'classes', 'allow_missing', 'allow_unexpected', 'input_size',
-    'input_scale',
-)  # fmt: skip
+TEACHER_KEYS = ('config', 'checkpoint', 'checkpoint_prefix', 'classes', 'allow_missing', 'allow_unexpected')
+TEACHER_KEYS += ('input_size', 'input_scale')
 #: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
 MIN_SIDE = 32
 #: Where models of the MM family have what predicts.
