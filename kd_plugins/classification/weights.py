@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.teachers import load_strictly
+from kd_plugins.teachers.checkpoints import versions_of, with_versions
 
 #: Where `TimmClassifier` holds the network.
 NET = 'net.'
@@ -44,8 +45,7 @@ def load_start(net: nn.Module, state: Mapping[str, Tensor], source: str) -> list
         heads = {id(p) for m in classifier_modules(net) for p in m.parameters()}
         names = [k for k, p in net.named_parameters() if id(p) in heads]
         anew = [k for k in names if k not in state or state[k].shape != own[k].shape]
-    rest = OrderedDict((k, v) for k, v in state.items() if k not in anew)
-    rest._metadata = getattr(state, '_metadata', None)
+    rest = with_versions(OrderedDict((k, v) for k, v in state.items() if k not in anew), versions_of(state))
     network = 'model.model with its options'
     load_strictly(net, rest, source, allow_missing=anew, architecture=network, where='model.checkpoint')
     return anew

@@ -233,7 +233,8 @@ def find_weights(checkpoint: Any, source: str, where: str = 'teacher.checkpoint'
         raise _holds_none(checkpoint, source, where)
     meta = checkpoint.get('meta')
     entry = next((name for name in ENTRIES if name in sets), None)
-    state, notes = _joined(sets) if entry is None else _joined({'': sets[entry]}), ()
+    state = _joined(sets) if entry is None else _joined({'': sets[entry]})
+    notes: tuple[str, ...] = ()
     if prefix is not None:
         found = cut(state, prefix) or cut(_joined(sets), prefix)
         if not found:
@@ -282,30 +283,41 @@ def _sets(content: Mapping[str, Any], path: str = '') -> dict[str, Mapping[str, 
 
 def _joined(sets: Mapping[str, Mapping[str, Any]]) -> OrderedDict[str, Tensor]:
     """One state dict of several, under names that begin with theirs; what modules say of their versions is kept."""
-    state, versions = OrderedDict(), OrderedDict()
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    versions: dict[str, Any] = {}
     for entry, held in sets.items():
         start = f'{entry}.' if entry else ''
         state.update((start + k, v) for k, v in held.items() if isinstance(k, str) and isinstance(v, Tensor))
-        known = getattr(held, '_metadata', None)
+        known = versions_of(held)
         if isinstance(known, Mapping):
             versions.update((f'{start}{k}.'.strip('.'), v) for k, v in known.items() if isinstance(v, Mapping))
-    if versions:
-        state._metadata = versions
-    return state
+    return with_versions(state, versions or None)
 
 
 def cut(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
     """The part of a state dict whose names begin with a prefix, without it."""
     found = OrderedDict((k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix))
-    versions = getattr(state, '_metadata', None)
+    versions = versions_of(state)
     if versions is not None:
         # Its keys are modules, without a dot at the end; the whole model is ''.
-        found._metadata = OrderedDict(
-            (f'{k}.'[len(prefix) :].removesuffix('.'), v)
-            for k, v in versions.items()
-            if not prefix or f'{k}.'.startswith(prefix)
-        )
-    return found
+        inside = [k for k in versions if f'{k}.'.startswith(prefix) or not prefix]
+        versions = {f'{k}.'[len(prefix) :].removesuffix('.'): versions[k] for k in inside}
+    return with_versions(found, versions)
+
+
+def versions_of(state: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
+    """What the modules of a state dict say of the version of their code, by path; None when nothing is said.
+
+    They convert old parameters by it. torch keeps it in an attribute, which copies of the dict lose.
+    """
+    return getattr(state, '_metadata', None)
+
+
+def with_versions(state: OrderedDict[str, Tensor], versions: Mapping[str, Any] | None) -> OrderedDict[str, Tensor]:
+    """A state dict, which is changed, with what its modules say of their versions."""
+    if versions is not None:
+        vars(state)['_metadata'] = OrderedDict(versions)
+    return state
 
 
 def _holds_none(checkpoint: Any, source: str, where: str) -> DistillError:

@@ -28,8 +28,9 @@ from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, image_siz
 from kd_plugins.teachers.taps import classifier_tap
 
 #: Options of every classifier as a teacher, see `find_options`.
-OPTIONS = ('checkpoint', 'checkpoint_prefix', 'num_classes', 'classes', 'input_size', 'mean', 'std', 'in_chans')
-OPTIONS += ('multi_label',)
+OPTIONS = (
+    'checkpoint', 'checkpoint_prefix', 'num_classes', 'classes', 'input_size', 'mean', 'std', 'in_chans', 'multi_label',
+)  # fmt: skip
 
 
 def find_options(cfg: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, in_words
+from kd_plugins.teachers.checkpoints import versions_of, with_versions
 
 #: BatchNorm's did not exist before torch 0.4.1 and is not used in evaluation.
 _COUNTER = 'num_batches_tracked'
@@ -129,14 +130,11 @@ def _load(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], lis
             misshapen[key] = f'{key} is {tuple(found.shape)} in the file and {tuple(own.shape)} in the model'
             del held[key]
 
-    given = OrderedDict(state)
-    own = model.state_dict()
-    versions = getattr(state, '_metadata', None)
-    if versions is None and own.keys() <= given.keys():
+    own, versions = model.state_dict(), versions_of(state)
+    if versions is None and own.keys() <= state.keys():
         # Without versions modules take weights for very old ones; these have today's names.
-        versions = own._metadata
-    if versions is not None:
-        given._metadata = versions
+        versions = versions_of(own)
+    given = with_versions(OrderedDict(state), versions)
     handles = [m._register_load_state_dict_pre_hook(take_out, with_module=True) for m in model.modules()]
     try:
         # Not strict=True: it would refuse the keys that may be missing.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.teachers.checkpoints import Weights, cut
+from kd_plugins.teachers.checkpoints import Weights, cut, versions_of, with_versions
 from kd_plugins.teachers.loading import is_named
 
 #: torch.compile stores whatever it compiles, a model or a part of one, in an attribute of this name.
@@ -99,11 +99,11 @@ def _uncompiled(own: Mapping[str, Sequence[int]], weights: Weights) -> Weights:
     if any(_COMPILED in k.split('.') for k in own) or not any(_COMPILED in k for k in weights.state):
         return weights
     state = OrderedDict((plain(k), v) for k, v in weights.state.items())
-    versions = getattr(weights.state, '_metadata', None)
+    versions = versions_of(weights.state)
     if versions is not None:
         # The compiled module comes after its wrapper, which has no version of interest.
-        state._metadata = OrderedDict((plain(k), v) for k, v in versions.items())
-    return weights._replace(state=state)
+        versions = {plain(k): v for k, v in versions.items()}
+    return weights._replace(state=with_versions(state, versions))
 
 
 def _beginnings(own: Mapping[str, Sequence[int]], weights: Weights, ignore: Sequence[str]) -> list[str]:
