@@ -31,6 +31,7 @@ from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTAT
 from kd_plugins.lab.comparison.phases import Phase
 from kd_plugins.mm.configs import load_config, without_pretrained
 from kd_plugins.mm.recipes import read_recipe
+from kd_plugins.recipes import find_recipe
 
 DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
@@ -78,6 +79,8 @@ class Comparison(Experiment):
         self.work_dir = Path(self.work_dir)
         if not self.recipes:
             raise DistillError('--kd needs at least one recipe.')
+        for recipe in self.recipes:
+            find_recipe(recipe, '--kd')
         self.arms = dict(zip(_arm_names(self.recipes), self.recipes, strict=True))
         if self.teacher_checkpoint and not Path(self.teacher_checkpoint).is_file():
             raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
