@@ -63,7 +63,8 @@ class PixelFormat:
         if not isinstance(rgb, bool):
             raise DistillError(f'{where}.rgb must be True (RGB) or False (BGR, as MMEngine decodes), got {rgb!r}.')
         (pad,) = _numbers(options.get('pad', 0.0), f'{where}.pad')
-        return cls(*(v * count if len(v) == 1 else v for v in (mean, std)), rgb=rgb, pad=pad)
+        mean, std = (v * count if len(v) == 1 else v for v in (mean, std))
+        return cls(mean=mean, std=std, rgb=rgb, pad=pad)
 
     def __str__(self) -> str:
         mean, std = ([round(v, 2) for v in values] for values in (self.mean, self.std))
@@ -235,10 +236,12 @@ class Resized:
     def __call__(self, inputs: Any, samples: Sequence[Any] | None = None) -> Tensor:
         """Make the teacher's batch, see `Renormalize`; the same tensor when nothing has to change."""
         images = self.renormalize(inputs, samples)
-        size = self.size
-        if not isinstance(size, tuple):
-            size = tuple(max(1, round(side * size)) for side in images.shape[-2:])
-        if tuple(images.shape[-2:]) == size:
+        height, width = images.shape[-2:]
+        if isinstance(self.size, tuple):
+            size = self.size
+        else:
+            size = (max(1, round(height * self.size)), max(1, round(width * self.size)))
+        if (height, width) == size:
             return images
         # In float32: antialiasing has no half precision on the CPU.
         resized = interpolate(images.float(), size, mode=self.mode, align_corners=False, antialias=True)
