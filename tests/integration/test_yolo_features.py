@@ -141,24 +141,23 @@ def test_the_students_file_knows_nothing_of_the_adapters(cfg, teacher, data, tmp
     assert not (plain / 'weights/kd_last.pt').exists()
 
 
-def test_killed_and_resumed_equals_uninterrupted(cfg, teacher, data, tmp_path):
-    """Student and adapters bit by bit, with momentum."""
+def test_killed_and_resumed_goes_on_with_the_adapters(cfg, teacher, data, tmp_path):
+    """Bit by bit as they were at the end of the epoch in last.pt, with momentum."""
     code = f"""
-        import os, signal, sys
+        import os, signal, sys, torch
         from tests.integration.yolo_lab import new_model, train
         from kd_plugins.yolo import DistillCallback
         from ultralytics import YOLO
-        name = sys.argv[1]
-        last = {str(tmp_path)!r} + '/' + 'killed/weights/last.pt'
-        model = YOLO(last) if name == 'resume' else new_model({cfg('small')!r})
-        DistillCallback({teacher('wide')!r}, feature=1.0, feature_loss='mgd').register(model)
+        folder, name = {str(tmp_path)!r}, sys.argv[1]
+        model = YOLO(folder + '/killed/weights/last.pt') if name == 'resume' else new_model({cfg('small')!r})
+        callback = DistillCallback({teacher('wide')!r}, feature=1.0, feature_loss='mgd').register(model)
         if name == 'resume':
+            model.add_callback('on_train_start', lambda t: torch.save(callback.session.state(), folder + '/start.pt'))
             model.train(resume=True)
             sys.exit()
         if name == 'killed':
             model.add_callback('on_fit_epoch_end', lambda t: t.epoch == 1 and os.kill(os.getpid(), signal.SIGKILL))
-        train(model, {data!r}, {str(tmp_path)!r}, name, epochs=3, batch=2, mosaic=0.0, fliplr=0.0, hsv_h=0.0,
-              hsv_s=0.0, hsv_v=0.0, translate=0.0, scale=0.0, erasing=0.0, val=False)
+        train(model, {data!r}, folder, name, epochs=3, batch=2, nbs=2, val=False)
     """
     for name, expected in (('whole', 0), ('killed', -signal.SIGKILL), ('resume', 0)):
         done = subprocess.run(
@@ -169,12 +168,17 @@ def test_killed_and_resumed_equals_uninterrupted(cfg, teacher, data, tmp_path):
             env={**os.environ, 'PYTHONPATH': str(REPO)},
         )
         assert done.returncode == expected, done.stderr[-2000:]
-    saved = [
-        torch.load(tmp_path / f'{n}/weights/kd_last.pt', weights_only=True)['epochs'][2] for n in ('whole', 'killed')
-    ]
-    assert saved[0]['steps'] == saved[1]['steps'] == 6
-    for key in saved[0]['adapters']:
-        torch.testing.assert_close(saved[0]['adapters'][key], saved[1]['adapters'][key], rtol=1e-3, atol=1e-4)
+    files = (tmp_path / f'{name}/weights/kd_last.pt' for name in ('whole', 'killed'))
+    whole, killed = (torch.load(file, weights_only=True)['epochs'] for file in files)
+    start = torch.load(tmp_path / 'start.pt', weights_only=True)
+    assert start['steps'] == whole[1]['steps'] == 4 and killed[2]['steps'] == whole[2]['steps'] == 6
+    changed = []
+    for key, value in whole[1]['adapters'].items():
+        assert torch.equal(start['adapters'][key], value)
+        changed.append(not torch.equal(killed[2]['adapters'][key], value))
+    for name, state in whole[1]['optimizer'].items():
+        assert torch.equal(start['optimizer'][name]['momentum_buffer'], state['momentum_buffer'])
+    assert any(changed)
 
 
 def test_an_epoch_that_is_done_again_after_a_nan(cfg, teacher, data, tmp_path, caplog):
@@ -199,8 +203,8 @@ def test_an_epoch_that_is_done_again_after_a_nan(cfg, teacher, data, tmp_path, c
 
 
 def test_out_of_memory_in_the_first_epoch(cfg, teacher, data, tmp_path, caplog):
-    """The trainer makes another optimizer, with which the adapters step from then on."""
-    seen, armed = [], []
+    """The epoch begins anew, and the adapters step with the student's optimizer as before."""
+    seen = []
 
     def watch(model, callback):
         seen.append(Steps(model, callback))
@@ -214,25 +218,13 @@ def test_out_of_memory_in_the_first_epoch(cfg, teacher, data, tmp_path, caplog):
                 return inner(x)
 
             trainer.model.model[0].forward = forward
-            armed.append(trainer.optimizer)
 
         model.add_callback('on_train_start', arm)
-        model.add_callback('on_train_epoch_end', lambda t: armed.append(t.optimizer))
 
     distil(cfg('small'), teacher('wide'), data, tmp_path, dict(batch=4, nbs=2), watch, feature=1.0)
-    assert 'Reducing to batch=2' in text_of(caplog) and armed[0] is not armed[1]
+    assert 'Reducing to batch=2' in text_of(caplog)
     assert seen[0].adapters == 2
     assert not any(torch.equal(seen[0].before[k], seen[0].after[k]) for k in seen[0].before)
-
-
-def test_mixed_precision(cfg, teacher, data, tmp_path):
-    """bf16: losses and adapters in float32."""
-    seen = []
-    run = distil(
-        cfg('small'), teacher('wide'), data, tmp_path, dict(amp='bf16'), lambda *a: seen.append(Steps(*a)), feature=1.0
-    )
-    assert all(results(run)[f'train/kd{c}_loss'][0] > 0 for c in ('cls', 'box', 'fea'))
-    assert all(v.dtype == torch.float32 for v in seen[0].after.values())
 
 
 def test_multi_scale(cfg, teacher, data, tmp_path):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from kd_plugins.distiller import Tap
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassPredictions, read
 from kd_plugins.teachers import ULTRALYTICS, build_source, find_source
 from kd_plugins.yolo import DistillCallback
+from kd_plugins.yolo.heads import head_of
 from tests.integration.yolo_lab import new_model, results, train, write_data
 from tests.integration.yolo_lab import save_teacher as save_yolo
 
@@ -132,7 +134,7 @@ def test_yolo_teaches_mmdet(teacher, tmp_path):
     config.default_hooks.checkpoint = None
     watch, runner = synthetic.train(config)
     distiller = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
-    assert distiller.classes == ([0, 2], [2, 0])
+    assert distiller.classes == {'': ([0, 2], [2, 0])}
     assert watch.steps == 2 and all(losses['loss_kd_cls'] > 0 for losses in watch.losses)
     assert all(losses['loss_kd_box'] > 0 for losses in watch.losses)
     # YOLOX is given BGR pixels; the teacher gets RGB in [0, 1].
@@ -154,9 +156,10 @@ def test_yolo_teaches_the_model_form(tmp_path):
     )
     config.default_hooks.distill = dict(type='kd_plugins.DistillHook')
     config.default_hooks.checkpoint = None
-    watch, _ = synthetic.train(config)
+    watch, runner = synthetic.train(config)
     assert all(losses[f'loss_kd_{k}'] > 0 for losses in watch.losses for k in terms)
-    assert any('kd_adapters' in name for name in watch.gradients)
+    session = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
+    assert session.bank.trainable() and not any('adapter' in name for name in watch.gradients)
 
 
 def test_the_tool_takes_a_pt(tmp_path):
@@ -227,10 +230,10 @@ def test_a_yolo_classifier_for_others(tmp_path):
     """As the teacher of another framework's classifier: tapped and read like one of its own."""
     path = save_yolo(tmp_path / 'x.pt', 'yolo11n-cls.yaml', NAMES)
     teacher, _ = build_source(find_source(dict(ultralytics=path)), ULTRALYTICS)
-    assert teacher.head == 'logits' and teacher.num_classes == 3 and teacher.classes == NAMES
+    assert teacher.tap(Tap('logits')).module == teacher.head and teacher.num_classes == 3 and teacher.classes == NAMES
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    call = teacher.outputs(image, None, ['logits']).call('logits')
-    found = read(teacher.model.logits, call.output, training=call.training, form=ClassPredictions)
+    call = teacher.outputs(image, None, [teacher.head]).call(teacher.head)
+    found = read(head_of(teacher.model), call.output, training=call.training, form=ClassPredictions)
     with torch.no_grad():
         probabilities, logits = teacher.model(image)
     assert found.activation == 'softmax'
@@ -243,7 +246,7 @@ def test_a_yolo_classifier_at_a_resolution_of_its_own(tmp_path):
     teacher, _ = build_source(find_source(dict(ultralytics=path, input_size=96)), ULTRALYTICS)
     assert teacher.normalization.endswith('resized to 96x96')
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    found = teacher.outputs(image, None, ['logits']).call('logits').output[1]
+    found = teacher.outputs(image, None, [teacher.head]).call(teacher.head).output[1]
     resized = interpolate(image, (96, 96), mode='bilinear', align_corners=False, antialias=True)
     with torch.no_grad():
         torch.testing.assert_close(found, teacher.model(resized)[1])
@@ -280,13 +283,15 @@ def test_refused_before_training(data, yolox_teacher, timm_teacher, tmp_path):
         (dict(timm='resnet18'), "needs 'checkpoint'.*pretrained=True"),
         (dict(timm_teacher, pretrained=True), 'not both'),
         (dict(timm_teacher, input_size=0), 'input_size must be a whole number'),
-        (dict(ultralytics=path, classes=list(NAMES)), 'write classes beside teacher'),
+        (dict(ultralytics=path, clases=list(NAMES)), "no option 'clases': did you mean 'classes'"),
         (dict(ultralytics='none.pt'), 'does not exist'),
         ({}, 'must be one of'),
     ):
         with pytest.raises(DistillError, match=message):
             DistillCallback(teacher)
     assert DistillCallback(dict(ultralytics=path)).options.teacher == path
+    beside = dict(ultralytics=path, classes=list(NAMES))
+    assert DistillCallback(beside).options.teacher == beside
 
 
 @pytest.mark.parametrize(
@@ -294,8 +299,7 @@ def test_refused_before_training(data, yolox_teacher, timm_teacher, tmp_path):
     [
         ('yolo11n.yaml', 'detect', 'timm', {}, 'student is a detector and the teacher a classifier'),
         ('yolo11n-cls.yaml', 'classify', 'yolox', {}, 'student is a classifier and the teacher a detector'),
-        ('yolo11n.yaml', 'detect', 'yolox', dict(feature=1.0), 'another kind of head'),
-        ('yolo11n-seg.yaml', 'segment', 'yolox', dict(mask=1.0), r'the teacher \(YOLOXHead\) predicts no masks'),
+        ('yolo11n-seg.yaml', 'segment', 'yolox', dict(mask=1.0), 'student and teacher must both predict masks'),
     ],
 )
 def test_refused_when_training_starts(
@@ -304,6 +308,12 @@ def test_refused_when_training_starts(
     given = {'yolox': yolox_teacher, 'timm': dict(timm_teacher, classes=NAMES)}[teacher]
     with pytest.raises(DistillError, match=message):
         distil(student, given, data(task), tmp_path, **options)
+
+
+def test_a_neck_of_mmdet_teaches(data, yolox_teacher, tmp_path):
+    """By stride, through adapters."""
+    found = distil('yolo11n.yaml', yolox_teacher, data('detect'), tmp_path, cls=0, box=0, feature=1.0)
+    assert found['train/kdfea_loss'][0] > 0
 
 
 def test_a_checkpoint_of_another_timm_model(timm_teacher):
@@ -338,7 +348,7 @@ def test_frameworks_do_not_import_each_other():
 )
 def test_missing_framework_is_named(package, teacher):
     code = (
-        f'import sys\nsys.modules[{package!r}] = None\nfrom kd_plugins.distiller import find_source\n'
+        f'import sys\nsys.modules[{package!r}] = None\nfrom kd_plugins.teachers import find_source\n'
         f'try:\n    find_source({teacher!r})\nexcept ValueError as error:\n    print(error)'
     )
     text = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout
