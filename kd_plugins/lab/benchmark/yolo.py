@@ -131,7 +131,7 @@ class YOLOPair(Pair):
 
             def started(trainer: Any) -> None:
                 startup, attaching = Moment.now() - began, marks[1] - marks[0]
-                teacher = callback.distiller.teacher.model if callback else None
+                teacher = callback.session.teacher.model if callback else None
                 runs[name] = Run(step_of(trainer), startup, attaching, teacher)
                 start(others)
                 raise _Attached

@@ -232,7 +232,7 @@ class MMPair(Pair):
             lambda: runner.model.train_step(batch, runner.optim_wrapper),
             startup,
             runner.train_loop.attaching,
-            hook and hook.distiller.teacher.model,
+            hook and hook.session.teacher.model,
             hook and dict(form='model' if 'distill' in config.model else 'hook'),
         )
 
