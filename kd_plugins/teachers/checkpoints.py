@@ -106,6 +106,10 @@ class Weights(NamedTuple):
     chosen: bool = False
 
 
+#: The module that knows MMEngine's addresses, by name: nothing here may need a framework.
+_ADDRESSES = 'kd_plugins.mm.schemes'
+
+
 def find_file(path: Any, where: str = 'teacher.checkpoint') -> str:
     """The absolute path of a file that exists, or the internet address that a spelling means; nothing is downloaded.
 
@@ -125,8 +129,7 @@ def find_file(path: Any, where: str = 'teacher.checkpoint') -> str:
         return text
     if '://' in text:
         try:
-            # By name: nothing here may need a framework.
-            schemes = importlib.import_module('kd_plugins.mm.schemes')
+            schemes = importlib.import_module(_ADDRESSES)
         except ImportError as error:
             raise DistillError(f"{where} {text!r} needs 'mmengine', which is not installed; give a file.") from error
         return schemes.resolve(text, where)
@@ -332,7 +335,7 @@ def _holds_none(checkpoint: Any, source: str, where: str) -> DistillError:
             f'{where} {source!r} is an exported network (TorchScript), not weights alone; a classifier is a teacher as '
             'dict(exported=...).'
         )
-    pickled = next((k for k in ENTRIES if isinstance(entries.get(k), _Placeholder)), None)
+    pickled = next((k for k in ENTRIES if isinstance(entries.get(k), (_Placeholder, nn.Module))), None)
     if pickled or isinstance(checkpoint, _Placeholder) or not isinstance(checkpoint, Mapping):
         entry = f' (its entry {pickled!r})' if pickled else ''
         return DistillError(

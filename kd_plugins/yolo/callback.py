@@ -23,7 +23,7 @@ from kd_plugins.yolo.host import UltralyticsHost
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.run import Run
-from kd_plugins.yolo.teacher import class_count, class_names, input_channels
+from kd_plugins.yolo.teacher import class_count, class_names, find_teacher, input_channels
 
 OLDEST = (8, 4, 140)
 EVENTS = ('on_pretrain_routine_end', 'on_train_epoch_start', 'on_train_batch_start', 'on_train_epoch_end', 'teardown')
@@ -238,7 +238,8 @@ class DistillCallback:
 
 
 def _as_path(teacher: Any) -> str:
-    return os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
+    # Of an object it says what to write instead.
+    return os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else find_teacher(teacher)
 
 
 def _found(options: DistillOptions) -> DistillOptions:

@@ -14,6 +14,7 @@ import kd_plugins.losses as losses
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import (
     AttentionTransferLoss,
+    AutoBoxLoss,
     BinaryKLDivLoss,
     BoxIoULoss,
     BoxL1Loss,
@@ -148,6 +149,7 @@ CASES = {
     'binary': (BinaryKLDivLoss(), logits),
     'binary-foreground': (BinaryKLDivLoss(temperature=2.0, foreground=True), logits),
     'mse': (FeatureMSELoss(), features),
+    'auto-box': (AutoBoxLoss(), predictions),
     'yolo': (YOLOLogitLoss(), predictions),
     'yolo-uniform': (YOLOLogitLoss(2.0, 0.5, 3.0, 0.1, foreground=False), predictions),
     'yolo-box-foreground': (YOLOLogitLoss(foreground='box'), no_raw_box),

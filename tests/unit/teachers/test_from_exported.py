@@ -152,7 +152,7 @@ def test_only_logits_can_be_tapped(files):
     _, paths = files
     for kind in ('fixed', 'scripted'):
         with pytest.raises(DistillError, match=r"teacher 'net\.1' cannot be tapped: an exported file has no layers"):
-            build(paths[kind])(torch.rand(1, 3, 32, 32), None, ['net.1'])
+            build(paths[kind]).outputs(torch.rand(1, 3, 32, 32), None, ['net.1'])
 
 
 def test_grey_program(tmp_path):
