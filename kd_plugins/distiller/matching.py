@@ -156,7 +156,7 @@ class Matching:
         if key not in batch.read:
             call: Call = capture.call(tap.module, repeated=form.repeated)
             with torch.autocast(capture.device, enabled=False):
-                module = capture.modules[tap.module]
+                module = capture.module(tap.module)
                 # Dense maps stay in half precision: the loss converts them, piece by piece where it can.
                 batch.read[key] = read(module, call.output, training=call.training, form=form, part=tap.part).full()
         return batch.read[key]

@@ -92,6 +92,7 @@ class Session:
         self._handle: Any = None
         self._resolve = resolve
         self._free: dict[str, nn.ModuleDict] = {}
+        self._captures: dict[tuple[str, ...], Capture] = {}
         self._asked, self._missed, self._checked = 0, 0, False
         for term in terms.values():
             try:
@@ -149,13 +150,16 @@ class Session:
         return list(dict.fromkeys(path for t in self.terms.values() for path in t.student.modules))
 
     def capture(self, known: Sequence[str] = ()) -> Capture:
-        """A capture of the student's taps; opened around its forward pass.
+        """The capture of the student's taps; opened around its forward pass, which forgets the one before.
 
         Args:
             known: Paths whose output the host puts into it itself, see `Capture.put`.
         """
         modules = self._modules([t.student for t in self.live])
-        return Capture(self.student, [m for m in modules if m not in known], 'student')
+        paths = tuple(m for m in modules if m not in known)
+        if paths not in self._captures:
+            self._captures[paths] = Capture(self.student, paths, 'student')
+        return self._captures[paths]
 
     # ------------------------------------------------------------------ where in the run
     @property

@@ -11,7 +11,7 @@ Attention probabilities are a special case: timm computes them only where fused 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,6 +177,8 @@ class Capture:
         self.calls: dict[str, list[Call]] = {}
         self.image_size: tuple[int, int] | None = None
         self._saved: list[tuple[nn.Module, str, Any]] = []
+        self._elsewhere: dict[str, nn.Module] = {}
+        self._recorders: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
     def open(self) -> Capture:
         """Start recording; forgets what was recorded before."""
@@ -184,8 +186,12 @@ class Capture:
         self.calls = {path: [] for path in self.modules}
         for path, module in self.modules.items():
             # Activation checkpointing also sets `forward` on the instance: keep what was there.
-            record = self._recorder(module, module.forward, self.calls[path], path in self.attention)
-            self._override(module, 'forward', record)
+            inner = module.forward
+            known = self._recorders.get(path)
+            if known is None or known[0] != inner:
+                # The same function from one iteration to the next: to a compiled model another would be other code.
+                known = self._recorders[path] = inner, self._recorder(path, module, inner)
+            self._override(module, 'forward', known[1])
         for module in self.attention.values():
             if hasattr(module, 'fused_attn'):
                 self._override(module, 'fused_attn', False)
@@ -209,12 +215,14 @@ class Capture:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    @staticmethod
-    def _recorder(module: nn.Module, inner, calls: list[Call], given: bool):
+    def _recorder(self, path: str, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
+        given = path in self.attention
+
         @torch.compiler.disable(recursive=False)
         def forward(*args, **kwargs):
             output = inner(*args, **kwargs)
-            calls.append(Call(map_tensors(args if given else output, Tensor.clone), module.training))
+            recorded = map_tensors(args if given else output, Tensor.clone)
+            self.calls[path].append(Call(recorded, module.training))
             return output
 
         return forward
@@ -225,9 +233,22 @@ class Capture:
         recorded = (t for calls in self.calls.values() for call in calls for t in tensors_in(call.output))
         return next(recorded).device.type
 
-    def put(self, path: str, output: Any, training: bool) -> None:
-        """Record what somebody else saw a module return."""
+    def put(self, path: str, output: Any, training: bool, module: nn.Module | None = None) -> None:
+        """Record what somebody else saw a module return.
+
+        Args:
+            path: The module, which need not be tapped here.
+            output: What it returned.
+            training: Its mode in that call.
+            module: The module itself; None: it is tapped here.
+        """
         self.calls[path] = [Call(output, training)]
+        if module is not None:
+            self._elsewhere[path] = module
+
+    def module(self, path: str) -> nn.Module:
+        """The module of a path that is tapped here, or that was put here."""
+        return self.modules[path] if path in self.modules else self._elsewhere[path]
 
     def call(self, path: str, repeated: bool = False) -> Call:
         """The only call of a module.

@@ -150,8 +150,7 @@ class Run:
             # The very same tensor: with all weights 0 the run is bit by bit the plain one.
             return loss, {**items, **logged}
         capture = self.session.capture(known=self.session.student_modules) if capture is None else capture
-        capture.modules[self._head] = self.student.get_submodule(self._head)
-        capture.put(self._head, preds, training=True)
+        capture.put(self._head, preds, training=True, module=self.student.get_submodule(self._head))
         values = self.session.losses(capture, batch['img'], batch)
         scale = self.host.scale(batch['img'])
         total = torch.stack([v.float() for v in values.values()]).sum()
