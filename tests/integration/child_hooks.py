@@ -28,6 +28,12 @@ class KillAt(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _bank(runner):
+    """The trained adapters of a distilled run, or None."""
+    session = next((h.session for h in runner.hooks if type(h).__name__ == 'DistillHook'), None)
+    return session.bank if session is not None and session.trainable else None
+
+
 @HOOKS.register_module()
 class Dump(Hook):
     """Writes losses and gradients of every iteration and the final weights, one file per rank."""
@@ -44,15 +50,22 @@ class Dump(Hook):
         def keep(optimizer, args, kwargs):
             self.gradients.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
 
+        def keep_own(optimizer, args, kwargs):
+            # As they are averaged over the ranks; it steps right after the student's.
+            bank = _bank(runner)
+            self.gradients[-1].update({f'kd_adapters.{k}': p.grad.clone() for k, p in bank.named_parameters()})
+
         runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
+        if _bank(runner) is not None:
+            hook = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook')
+            hook.session.optimizer.own.register_step_pre_hook(keep_own)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         self.iterations.append(runner.iter)
         self.logs.append({k: float(v) for k, v in outputs.items()})
 
     def after_train(self, runner) -> None:
-        model = getattr(runner.model, 'module', runner.model)
-        bank = getattr(model, 'kd_adapters', None)
+        bank = _bank(runner)
         torch.save(
             dict(
                 weights=weights(runner),

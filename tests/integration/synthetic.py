@@ -188,7 +188,12 @@ class Watch(Hook):
 
     def before_train(self, runner):
         def before_step(optimizer, args, kwargs):
-            self.gradients = {n: p.grad.clone() for n, p in runner.model.named_parameters() if p.grad is not None}
+            parts = [('', runner.model)]
+            session = next((h.session for h in runner.hooks if type(h).__name__ == 'DistillHook'), None)
+            if session is not None:
+                parts.append(('kd_adapters.', session.bank))
+            named = {prefix + n: p for prefix, part in parts for n, p in part.named_parameters()}
+            self.gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
             self.steps += 1
 
         runner.optim_wrapper.optimizer.register_step_pre_hook(before_step)

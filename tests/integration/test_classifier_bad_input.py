@@ -1311,7 +1311,7 @@ def test_the_command_ends_with_one_line(odd_lab):
 @pytest.mark.parametrize(
     ('teacher', 'value', 'says'),
     [
-        (timm(), term(), ('timm resnet18 is a classifier, but the student a detector', 'take a detector')),
+        (timm(), term(), ("teacher 'logits'", 'a classification head, but this loss compares detection heads')),
         (
             ClsLab.teacher,
             term('YOLOLogitLoss', 'bbox_head', 'bbox_head'),
@@ -1320,20 +1320,23 @@ def test_the_command_ends_with_one_line(odd_lab):
         (
             ClsLab.teacher,
             term('BinaryKLDivLoss', 'bbox_head', 'logits'),
-            ('is a classifier, whose logits are of whole images', 'YOLOX', "teacher='stages[-1]'"),
+            ("teacher 'logits'", 'a classification head, but this loss compares detection heads', 'tap features'),
         ),
     ],
     ids=['of timm', 'tapped as a detector', 'logits for boxes'],
 )
 def test_a_classifier_does_not_teach_a_detector(odd_lab, teacher, value, says):
-    from kd_plugins.mm.setup import build_distiller
-
-    from kd_plugins.mm.teacher import build_teacher
+    from kd_plugins.mm.host import MMHost
+    from kd_plugins.teachers import PixelFormat
+    from kd_plugins.teachers.run import RunOptions, load_teachers, open_session
     from tests.integration.synthetic import build, yolox
 
     student, given = build(yolox(3)), teacher(odd_lab)
+    host = MMHost(student)
+    options = RunOptions.read(dict(teacher=given, terms=dict(cls=value)))
+    teachers, _ = load_teachers(options.teachers, student, host, PixelFormat())
     with pytest.raises(DistillError) as caught:
-        build_distiller(student, build_teacher(given, student)[0], dict(teacher=given, terms=dict(cls=value)))
+        open_session(student, teachers, options, host).check_heads()
     check(str(caught.value), says)
 
 

@@ -161,9 +161,8 @@ def test_ema_averages_the_student_alone(lab, update_buffers):
 
     def follow(runner):
         for key, value in runner.model.named_parameters():
-            if not key.startswith('kd_adapters'):
-                before = expected.get(key)
-                expected[key] = value.detach().clone() if before is None else before.lerp(value.detach(), 0.3)
+            before = expected.get(key)
+            expected[key] = value.detach().clone() if before is None else before.lerp(value.detach(), 0.3)
 
     probe = Probe(follow)
     runner = lab.train(config, probe)
@@ -171,17 +170,19 @@ def test_ema_averages_the_student_alone(lab, update_buffers):
     averaged = dict(ema(runner).module.named_parameters())
     for key, value in expected.items():
         assert torch.allclose(averaged[key], value, atol=1e-6), key
-    assert not [k for k in ema(runner).state_dict() if 'kd_adapters' in k]
+    assert not [k for k in ema(runner).state_dict() if 'adapter' in k]
 
 
 @pytest.mark.parametrize('form', ['hook_form', 'model_form'])
 def test_paramwise_options_stay_the_students(lab, form):
-    """Groups of the student's parameters are those of the plain run; adapters have the defaults."""
+    """Groups of the student's parameters are those of the plain run; adapters have the optimizer's own options."""
     rules = dict(norm_decay_mult=0, bias_decay_mult=0, custom_keys={'backbone': dict(lr_mult=0.1)})
     options = dict(optim_wrapper__paramwise_cfg=rules, param_scheduler=[])
     plain, _ = train(lab, lab.plain(**options))
-    runner, logs = train(lab, distilled(lab, form, **options))
-    assert_distilled(logs, distill_hook(runner).session.terms)
+    start = []
+    probe = Probe(lambda runner: start.append(distill_hook(runner).session.optimizer))
+    runner = lab.train(distilled(lab, form, **options), probe)
+    assert_distilled(probe.logs, distill_hook(runner).session.terms)
 
     def rates(runner):
         names = {id(p): n for n, p in runner.model.named_parameters()}
@@ -189,12 +190,12 @@ def test_paramwise_options_stay_the_students(lab, form):
         # The last group is MMEngine's own record of the base settings, with no parameter of the model.
         return {names[id(p)]: (g['lr'], g['weight_decay']) for g in groups for p in g['params'] if id(p) in names}
 
-    ours, theirs = rates(runner), rates(plain)
-    assert {k: v for k, v in ours.items() if k in theirs} == theirs
-    adapters = {k: v for k, v in ours.items() if k not in theirs}
-    assert (form == 'model_form') == bool(adapters)
-    for key, rate in adapters.items():
-        assert rate == (SGD['lr'], 0 if key.endswith('bias') else SGD['weight_decay']), key
+    assert rates(runner) == rates(plain)
+    optimizer = start[0]
+    assert (form == 'model_form') == (optimizer is not None)
+    if optimizer is not None:
+        (group,) = optimizer.own.param_groups
+        assert (group['lr'], group['weight_decay']) == (SGD['lr'], SGD['weight_decay'])
 
 
 @pytest.mark.slow
@@ -225,10 +226,13 @@ def test_adapters_learn(lab):
     config = distilled(lab, 'model_form')
 
     class Watch(Probe):
+        priority = 'LOWEST'
+
         def before_train(self, runner):
-            start.append({k: v.clone() for k, v in runner.model.kd_adapters.named_parameters()})
+            bank = distill_hook(runner).session.bank
+            start.append({k: v.clone() for k, v in bank.named_parameters()})
 
     runner = lab.train(config, Watch())
-    end = dict(runner.model.kd_adapters.named_parameters())
+    end = dict(distill_hook(runner).session.bank.named_parameters())
     assert len(end) == 6 and set(start[0]) == set(end)
     assert all(not torch.equal(start[0][k], end[k]) for k in end)

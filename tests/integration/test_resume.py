@@ -68,7 +68,7 @@ def test_resume_after_sigkill_equals_the_uninterrupted_run(lab):
     # Schedule position: the ramp's value enters the logged losses.
     assert again['logs'] == logs.logs[4:]
     assert again['logs'][0]['loss_kd_features'] > 0
-    bank = distill_hook(whole).distiller.bank.export_state()
+    bank = distill_hook(whole).session.bank.export_state()
     assert set(again['adapters']) == set(bank)
     assert all(torch.equal(again['adapters'][k], bank[k]) for k in bank)
     assert difference(weights(whole), again['weights']) == {}

@@ -123,14 +123,13 @@ def test_auxiliary_heads_and_cascade_stages_are_taps(seg_lab):
     terms = dict(
         aux={**LOGITS, 'student': 'auxiliary_head', 'teacher': 'auxiliary_head'},
         mixed={**LOGITS, 'student': 'auxiliary_head', 'teacher': 'decode_head'},
-        inner={
-            **LOGITS,
-            'loss': dict(type='ChannelWiseDivLoss'),
-            'student': 'decode_head.conv_seg',
-            'teacher': 'decode_head.conv_seg',
-        },
     )
     seg_lab.train(seg_lab.hook_form(seg_lab.plain('pspnet'), seg_lab.teacher('deeplab'), terms), probe)
+    inner = {**LOGITS, 'loss': dict(type='ChannelWiseDivLoss'), 'student': 'decode_head.conv_seg'}
+    # Its maps are those of the classes, which only the head names.
+    with pytest.raises(DistillError, match="is what makes the class logits of 'decode_head'"):
+        config = seg_lab.hook_form(seg_lab.plain('pspnet'), seg_lab.teacher('deeplab'), dict(inner=inner))
+        seg_lab.train(config, Probe())
     assert all(log[f'loss_kd_{name}'] > 0 for log in probe.logs for name in terms)
     stages = dict(
         first={**LOGITS, 'student': 'decode_head.0', 'teacher': 'decode_head.0'},
@@ -372,15 +371,24 @@ def test_every_feature_method_on_all_levels_of_the_backbone(seg_lab):
     probe = Probe()
     config = seg_lab.model_form(seg_lab.plain('segformer'), seg_lab.teacher('upernet'), terms)
     runner = seg_lab.runner(config, probe)
-    before = {k: v.clone() for k, v in runner.model.kd_adapters.named_parameters()}
+    before = {}
+
+    class Start(Probe):
+        priority = 'LOWEST'
+
+        def before_train(self, runner):
+            before.update({k: v.clone() for k, v in distill_hook(runner).session.bank.named_parameters()})
+
+    runner.register_hook(Start(), 'LOWEST')
     runner.train()
+    bank = distill_hook(runner).session.bank
     for log in probe.logs:
         # Two images are one distance, which divided by its mean is 1 for both.
         assert all(log[f'loss_kd_{name}'] > 0 for name in terms if name != 'rkd'), log
-    moved = {k.split('.')[0] for k, v in runner.model.kd_adapters.named_parameters() if not torch.equal(v, before[k])}
+    moved = {k.split('.')[0] for k, v in bank.named_parameters() if not torch.equal(v, before[k])}
     assert moved == {'cwd', 'pkd', 'mgd', 'mse'}, 'attention and relations need no adapter'
-    assert len(runner.model.kd_adapters.mgd['losses']) == 4
-    assert 'running_mean' in ''.join(runner.model.kd_adapters.export_state())
+    assert len(bank.mgd['losses']) == 4
+    assert 'running_mean' in ''.join(bank.export_state())
 
 
 VIT = """
@@ -401,7 +409,7 @@ def test_tokens_of_a_transformer_and_maps_of_a_cnn(seg_lab):
     config = seg_lab.model_form(seg_lab.plain(), seg_lab.teacher(extra=VIT), terms)
     runner = seg_lab.train(config, probe)
     assert all(log['loss_kd_block'] > 0 for log in probe.logs)
-    assert sum(p.numel() for p in runner.model.kd_adapters.parameters()) == 4 * 8 * 48 + 48
+    assert sum(p.numel() for p in distill_hook(runner).session.bank.parameters()) == 4 * 8 * 48 + 48
 
 
 def test_alpha_balances_distillation_and_the_students_own_losses(seg_lab):

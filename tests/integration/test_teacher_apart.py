@@ -71,11 +71,9 @@ def test_teacher_is_in_no_module_tree_optimizer_or_average(lab, form):
     teacher = distill_hook(runner).session.teacher
     theirs = {id(p) for p in teacher.model.parameters()} | {id(m) for m in teacher.model.modules()}
     sizes = [tuple(p.shape) for p in lab.build(lab.plain()).parameters()]
-    adapters = getattr(runner.model, 'kd_adapters', nn.Module())
-    extra = [tuple(p.shape) for p in adapters.parameters()]
     for model in (runner.model, ema(runner).module):
         assert not theirs & ({id(p) for p in model.parameters()} | {id(m) for m in model.modules()})
-        assert [tuple(p.shape) for p in model.parameters()] == sizes + extra
+        assert [tuple(p.shape) for p in model.parameters()] == sizes
     optimized = [p for g in runner.optim_wrapper.param_groups for p in g['params']]
     assert not theirs & {id(p) for p in optimized}
     assert {id(p) for p in optimized} == {id(p) for p in runner.model.parameters()}
@@ -109,7 +107,7 @@ def test_copies_and_pickles_made_in_mid_training_leave_the_teacher_out(lab, form
         loaded = pickle.loads(stored)
         assert len(_teachers()) == before, 'the pickle holds the teacher'
         assert list(loaded.state_dict()) == list(runner.model.state_dict())
-        assert not [k for k, _ in loaded.named_parameters() if 'kd_adapters' in k]
+        assert not [k for k, _ in loaded.named_parameters() if 'adapter' in k]
 
     runner = lab.train(getattr(lab, form)(lab.plain(), lab.teacher()), Probe(check))
     plain = lab.build(lab.plain())

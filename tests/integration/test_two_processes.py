@@ -65,7 +65,7 @@ def test_both_ranks_hold_the_same_weights(runs):
 def test_gradient_is_that_of_one_process_on_the_joint_batch(runs):
     """Every step, adapters included, within 1e-3 of the largest gradient of the tensor (float32 summation order)."""
     single, zero, one, _ = runs
-    adapters = {k for k in zero['gradients'][0] if k.startswith('kd_adapters')}
+    adapters = {k for step in zero['gradients'] for k in step if k.startswith('kd_adapters')}
     assert adapters
     for step in range(STEPS):
         alone, both, other = (r['gradients'][step] for r in (single, zero, one))
@@ -73,7 +73,7 @@ def test_gradient_is_that_of_one_process_on_the_joint_batch(runs):
         for key in set(both) - (set() if key_active(step) else adapters):
             scale = alone[key].abs().max().item()
             assert (both[key] - alone[key]).abs().max().item() <= 1e-3 * scale + 1e-6, (step, key)
-        idle = all(not both[k].any() for k in adapters)
+        idle = not any(k in both and both[k].any() for k in adapters)
         assert idle == (not key_active(step))
 
 
@@ -84,8 +84,7 @@ def key_active(step):
 def test_teacher_is_in_no_ddp_bucket(lab, runs):
     _, zero, _, _ = runs
     student = [tuple(p.shape) for p in lab.build(lab.plain(extra=GROUP_NORM)).parameters()]
-    assert zero['parameters'][: len(student)] == student
-    assert len(zero['parameters']) == len(student) + len(zero['adapters'])
+    assert zero['parameters'] == student and zero['adapters']
 
 
 def test_summary_is_printed_once(runs):

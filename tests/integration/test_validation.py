@@ -41,8 +41,8 @@ def test_the_teacher_does_not_run_in_validation(lab, form, monkeypatch):
 
     config = getattr(lab, form)(lab.plain(val=True, train_cfg__max_epochs=2, train_cfg__val_interval=1), lab.teacher())
     lab.train(config, Watch())
-    # One call per training iteration and one in the dry run; the model form has a second one to build adapters.
-    assert len(calls) == 8 + (1 if form == 'hook_form' else 2)
+    # One call per training iteration and one in the dry run.
+    assert len(calls) == 8 + 1
     assert len(validated) == 8 and not taps
 
 
@@ -67,14 +67,13 @@ def state_of(path):
 
 
 def test_the_distilled_model_predicts_what_the_plain_one_predicts(lab, trained):
-    """Same modules but for the bank, same outputs, no hook, no instance attribute on the way."""
+    """Same modules, same outputs, no hook, no instance attribute on the way."""
     config, path = trained['model_form']
     plain, distilled = lab.build(lab.plain()).eval(), lab.build(config).eval()
     for model in (plain, distilled):
         model.load_state_dict(state_of(path), strict=True)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    names = [n for n, _ in distilled.named_modules() if not n.startswith('kd_adapters')]
-    assert names == [n for n, _ in plain.named_modules()]
+    assert [n for n, _ in distilled.named_modules()] == [n for n, _ in plain.named_modules()]
     image = torch.rand(2, 3, 96, 96)
     with torch.no_grad():
         for ours, theirs in zip(distilled(image), plain(image), strict=True):
@@ -90,7 +89,7 @@ def test_our_test_script_runs_the_plain_model_without_the_teacher(lab, trained, 
     metrics = cli.test([lab.dump(config, 'test.py'), path, '--work-dir', config.work_dir + '_test'])
     assert 'coco/bbox_mAP' in metrics
     model = built[0].model
-    assert type(model).__name__ == 'YOLOX' and not hasattr(model, 'kd_adapters')
+    assert type(model).__name__ == 'YOLOX'
     assert [tuple(p.shape) for p in model.parameters()] == [tuple(p.shape) for p in lab.build(lab.plain()).parameters()]
     saved = state_of(path)
     assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())

@@ -183,8 +183,7 @@ def test_branches_have_the_live_factor_of_the_criterion(begin, branch):
 
 def losses(run, preds):
     capture = run.session.capture(known=run.session.student_modules)
-
-    capture.put(run._head, preds, training=True)
+    capture.put(run._head, preds, training=True, module=head_of(run.student))
     return run.session.losses(capture, image(), {'img': image()})
 
 
