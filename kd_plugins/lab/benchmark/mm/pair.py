@@ -124,7 +124,7 @@ class MMPair(Pair):
     own: ClassVar = dict(
         student=('CFG', "config file or 'mmdet::path'"),
         teacher=('CFG', 'what tools/train.py takes: a config, timm::NAME, a .pt, ...'),
-        kd=('RECIPE', 'name in configs/kd or file'),
+        kd=('RECIPE', 'name in kd_plugins/recipes or file'),
     )
     event: ClassVar[str] = 'before_train'
     includes: ClassVar[str] = 'teacher built, loaded and tried, adapters, summary'
