@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 STARTER := $(or $(PYTHON),$(shell for p in python3 python3.12 python3.11 python3.10; do command -v $$p && break; done))
 PY := "$(VENV)/bin/python"
 
-LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check .
+LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 # Two files at once: most tests use one core. The tests of a file share what they trained. The frameworks warn so much
 # that failures would drown in it.
 TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --tb=short --disable-warnings $(PYTEST_ARGS)
@@ -56,5 +56,5 @@ format: install
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 clean:
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find kd_plugins tests tools configs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 
 
 class DistillError(ValueError):
@@ -27,10 +28,11 @@ def nearest(value: object, choices: Iterable[object], count: int = 3) -> str:
     close = difflib.get_close_matches(str(value), names, count, 0.6)
     if close:
         return 'did you mean ' + ' or '.join(repr(c) for c in close) + '?'
-    shown, room = [], 300
+    shown: list[str] = []
+    room = 300
     for name in names[:20]:
-        room -= len(name)
-        if shown and room < 0:
+        room -= len(repr(name)) + 2
+        if shown and room < 60:
             break
         shown.append(repr(name))
     return f'choose from: {", ".join(shown)}{", ..." if len(names) > len(shown) else "."}'
@@ -40,6 +42,14 @@ def in_words(error: Exception) -> str:
     """An exception of somebody else's code as a clause: its kind and the first line of its text."""
     lines = str(error).strip().splitlines() or ['no details']
     return f'{type(error).__name__}: {lines[0][:200].rstrip(".:")}'
+
+
+def shown(value: object) -> str:
+    """A wrong value for a sentence: as it was written where that is short, else its kind (a network, many weights)."""
+    if isinstance(value, (str, os.PathLike)):
+        return repr(os.fspath(value))
+    text = '' if isinstance(value, Mapping) and len(value) > 8 else repr(value)
+    return text if text and len(text) <= 120 and '\n' not in text else f'an object of type {type(value).__name__}'
 
 
 def check_keys(given: Iterable[str], allowed: Iterable[str], where: str) -> None:

@@ -1,6 +1,8 @@
 """Evaluate a student's checkpoint: ``python tools/test.py --help``."""
 
-from kd_plugins.mm.cli import run, test
+import sys
+
+from kd_plugins.cli import main
 
 if __name__ == '__main__':
-    run(test)
+    main(['test', *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """Train any MMEngine config, plain or distilled: ``python tools/train.py --help``."""
 
-from kd_plugins.mm.cli import run, train
+import sys
+
+from kd_plugins.cli import main
 
 if __name__ == '__main__':
-    run(train)
+    main(['train', *sys.argv[1:]])

@@ -2,16 +2,17 @@
 
 An adapter is an ``nn.Module`` with ``forward(student, teacher) -> adapted student``: it is given the teacher's
 features so that it can follow their grid, which changes from batch to batch in multi-scale training. One that also has
-to know how large the images were says so with a class attribute ``needs_image_size = True`` and is called
-``forward(student, teacher, image_size=(H, W))``. Adapters with parameters (`ConvAdapter`, `LinearAdapter`) are trained
+to know how large the images were says so with an attribute ``needs_image_size = True`` and is called
+``forward(student, teacher, image_size=(H, W))``. All of ours inherit from `Adapter`, which has a default for what an
+adapter may say of itself; one's own need not. Adapters with parameters (`ConvAdapter`, `LinearAdapter`) are trained
 with the student and need the model form; the others have none. Adapters are thrown away after training. A term's
 ``adapter='auto'`` is `auto_adapter` on the shapes of a dry run::
 
-    from kd_plugins.adapters import auto_adapter, describe_adapter
+    from kd_plugins.adapters import adapt, auto_adapter, describe_adapter
 
-    adapter = auto_adapter(student.shape, teacher.shape)       # None when the shapes are equal
+    adapter = auto_adapter(student.shape, teacher.shape)       # None for tokens and vectors of equal shapes
     print(describe_adapter(adapter, student.shape, teacher.shape))
-    adapted = student if adapter is None else adapter(student, teacher)
+    adapted = student if adapter is None else adapt(adapter, student, teacher)
 
 Transformers return ``(B, N, C)`` tokens, or maps with the channels last. `as_map` brings either to ``(B, C, H, W)``
 before that, from the size of the images::
@@ -27,9 +28,10 @@ adapter with ``for_shapes(student_shape, teacher_shape) -> adapter`` is replaced
 
 from kd_plugins.adapters.attention import attention_map
 from kd_plugins.adapters.auto import auto_adapter
+from kd_plugins.adapters.base import Adapter as Adapter
+from kd_plugins.adapters.base import adapt, describe_adapter, traits_of
 from kd_plugins.adapters.chain import AdapterChain
 from kd_plugins.adapters.conv import ConvAdapter
-from kd_plugins.adapters.describe import describe_adapter
 from kd_plugins.adapters.linear import LinearAdapter
 from kd_plugins.adapters.projector import LogitProjector
 from kd_plugins.adapters.resize import ResizeAdapter
@@ -43,10 +45,12 @@ __all__ = [
     'MapToTokens',
     'ResizeAdapter',
     'TokensToMap',
+    'adapt',
     'as_map',
     'as_tokens',
     'attention_map',
     'auto_adapter',
     'describe_adapter',
     'find_grid',
+    'traits_of',
 ]

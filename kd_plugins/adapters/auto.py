@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kd_plugins.adapters._common import check_integers, check_switches
+from kd_plugins.adapters._common import check_switches
 from kd_plugins.adapters.chain import AdapterChain
 from kd_plugins.adapters.conv import ConvAdapter
 from kd_plugins.adapters.linear import LinearAdapter
@@ -22,7 +22,6 @@ def auto_adapter(
     *,
     norm: bool = False,
     channels: bool = True,
-    prefix_tokens: int | None = None,
 ) -> nn.Module | None:
     """Build the adapter that brings the student's features to the teacher's shape.
 
@@ -31,12 +30,13 @@ def auto_adapter(
         teacher_shape: The same of the teacher: ``(B, C', H', W')``, ``(B, N, C')``, ``(B, C')``.
         norm: A `ConvAdapter` gets a BatchNorm2d. Default: False.
         channels: Bring the channels together; False leaves them, for losses that compare no channels. Default: True.
-        prefix_tokens: For `as_map`, which a caller with the image size applies first where one side is no map or the
-            token counts differ; accepted so that one ``dict(type='auto', ...)`` serves both. Default: None.
 
     Returns:
-        None when nothing differs; for maps a `ConvAdapter` when the channels do, a `ResizeAdapter` when the grids
-        do, and a chain when both do; for tokens and vectors a `LinearAdapter`. The caller puts it on a device.
+        For maps a `ResizeAdapter`, and a chain with a `ConvAdapter` when the channels differ; for tokens and vectors
+        a `LinearAdapter` when they do, else None. The caller puts it on a device.
+
+        Maps that have one grid here may have two in another batch: of a side of 73 pixels a ResNet makes 19 cells and
+        a patch embedding 18. A `ResizeAdapter` returns the student itself while the grids are equal.
 
         A chain convolves on the smaller grid. Without a norm the order does not change the result, as the 1x1
         convolution acts on channels and resampling takes weighted means of positions. With one it does in training:
@@ -47,13 +47,11 @@ def auto_adapter(
     """
     student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
     check_switches('auto adapter', norm=norm, channels=channels)
-    if prefix_tokens is not None:
-        check_integers('auto adapter', 0, prefix_tokens=prefix_tokens)
     if norm and not channels:
         raise DistillError(
             'auto adapter: norm=True goes with the convolution that channels=False leaves out; remove one of them.'
         )
-    if student_shape == teacher_shape:
+    if student_shape == teacher_shape and len(student_shape) != 4:
         return None
     between = f'between student {student_shape} and teacher {teacher_shape}'
     if len(student_shape) != len(teacher_shape) or len(student_shape) not in _KINDS:
@@ -82,16 +80,13 @@ def auto_adapter(
     return LinearAdapter(student_shape[-1], teacher_shape[-1])
 
 
-def _between_maps(student: tuple[int, ...], teacher: tuple[int, ...], norm: bool, channels: bool) -> nn.Module | None:
-    parts: list[nn.Module] = []
-    if channels and student[1] != teacher[1]:
-        parts.append(ConvAdapter(student[1], teacher[1], norm))
-    if student[2:] != teacher[2:]:
-        shrinks = student[2] * student[3] > teacher[2] * teacher[3]
-        parts.insert(0 if shrinks else len(parts), ResizeAdapter())
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else AdapterChain(*parts)
+def _between_maps(student: tuple[int, ...], teacher: tuple[int, ...], norm: bool, channels: bool) -> nn.Module:
+    resize = ResizeAdapter()
+    if not channels or student[1] == teacher[1]:
+        return resize
+    conv = ConvAdapter(student[1], teacher[1], norm)
+    shrinks = student[2] * student[3] > teacher[2] * teacher[3]
+    return AdapterChain(resize, conv) if shrinks else AdapterChain(conv, resize)
 
 
 def _kind(shape: tuple[int, ...]) -> str:

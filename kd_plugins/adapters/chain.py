@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kd_plugins.adapters.describe import describe_adapter
+from kd_plugins.adapters.base import Adapter, adapt, describe_adapter, traits_of
 from kd_plugins.errors import DistillError
 
 
-class AdapterChain(nn.Sequential):
+class AdapterChain(Adapter, nn.Sequential):
     """Adapters one after the other; each sees the teacher's features too.
 
     Args:
@@ -25,22 +25,26 @@ class AdapterChain(nn.Sequential):
     """
 
     def __init__(self, *adapters: nn.Module | OrderedDict[str, nn.Module]) -> None:
-        if not adapters:
-            raise DistillError('An adapter chain needs members; write adapter=[dict(type=...), dict(type=...)].')
-        # A slice of a Sequential is built from one ordered dict.
-        members = adapters[0].values() if isinstance(adapters[0], OrderedDict) else adapters
-        for member in members:
-            if not isinstance(member, nn.Module):
+        members: OrderedDict[str, nn.Module] = OrderedDict()
+        for index, member in enumerate(adapters):
+            if isinstance(member, OrderedDict):
+                # A slice of a Sequential is built from one ordered dict.
+                members.update(member)
+            elif isinstance(member, nn.Module):
+                members[str(index)] = member
+            else:
                 raise DistillError(
                     f'AdapterChain: {member!r} is not an adapter; give modules with forward(student, teacher).'
                 )
-        super().__init__(*adapters)
+        if not members:
+            raise DistillError('An adapter chain needs members; write adapter=[dict(type=...), dict(type=...)].')
+        super().__init__(members)
+        self.needs_image_size = any(traits_of(adapter).needs_image_size for adapter in self)
 
-    @property
-    def needs_image_size(self) -> bool:
-        return any(getattr(adapter, 'needs_image_size', False) for adapter in self)
-
-    def forward(self, student: Tensor, teacher: Tensor, image_size: Sequence[int] | None = None) -> Tensor:
+    # A Sequential's forward has one argument; only its container is wanted here.
+    def forward(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, image_size: Sequence[int] | None = None
+    ) -> Tensor:
         """Apply the members in order.
 
         Args:
@@ -52,10 +56,7 @@ class AdapterChain(nn.Sequential):
             What the last member makes of it.
         """
         for adapter in self:
-            if getattr(adapter, 'needs_image_size', False):
-                student = adapter(student, teacher, image_size=image_size)
-            else:
-                student = adapter(student, teacher)
+            student = adapt(adapter, student, teacher, image_size)
         return student
 
     def describe(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> str:
@@ -63,7 +64,7 @@ class AdapterChain(nn.Sequential):
         words = []
         for adapter in self:
             words.append(describe_adapter(adapter, student_shape, teacher_shape))
-            if getattr(adapter, 'needs_image_size', False):
+            if traits_of(adapter).needs_image_size:
                 # What comes out depends on the image, which a description is not told.
                 student_shape = ()
-        return ', '.join(words)
+        return ', '.join(word for word in words if word != 'none') or 'none'

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kd_plugins.adapters._common import check_integers, check_switches, count
+from kd_plugins.adapters.base import Adapter
 
 
-class ConvAdapter(nn.Module):
+class ConvAdapter(Adapter):
     """1x1 convolution from the student's channels to the teacher's (FitNets' regressor).
 
     Args:

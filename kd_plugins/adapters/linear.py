@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kd_plugins.adapters._common import check_integers, count
+from kd_plugins.adapters.base import Adapter
 
 
-class LinearAdapter(nn.Module):
+class LinearAdapter(Adapter):
     """Linear layer with bias on the last dimension: what `ConvAdapter` is for maps.
 
     Args:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from kd_plugins.adapters._common import check_integers, count
+from kd_plugins.adapters.base import Adapter
 from kd_plugins.adapters.tokens import as_tokens
 from kd_plugins.errors import DistillError
 
 
-class LogitProjector(nn.Module):
+class LogitProjector(Adapter):
     """A small classifier on a feature of the student: its logits are compared with the teacher's.
 
     Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation"
@@ -39,8 +40,9 @@ class LogitProjector(nn.Module):
         numbers = dict(in_features=in_features, classes=classes, hidden=hidden)
         check_integers('LogitProjector', 1, **{k: v for k, v in numbers.items() if v is not None})
         self._numbers = numbers
-        self.built = in_features is not None and classes is not None
-        if self.built:
+        self.built = False
+        if in_features is not None and classes is not None:
+            self.built = True
             hidden = in_features if hidden is None else hidden
             self.norm = nn.LayerNorm(in_features)
             self.hidden = nn.Linear(in_features, hidden)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from kd_plugins.adapters.base import Adapter
 from kd_plugins.errors import DistillError
 
 
@@ -37,7 +38,7 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     return features if factors == (1, 1) else avg_pool2d(features, factors)
 
 
-class ResizeAdapter(nn.Module):
+class ResizeAdapter(Adapter):
     """Resampling of the student's map to the teacher's grid (see `resize`); no parameters.
 
     The grid is the teacher's at every call, because multi-scale training changes the input size.
@@ -69,8 +70,13 @@ class ResizeAdapter(nn.Module):
         return resize(student, teacher.shape[-2:])
 
     def describe(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> str:
-        """In words, e.g. ``'resize 10x10->20x20'``, or ``'resize to 20x20'`` where the student's grid is not known."""
+        """In words, e.g. ``'resize 10x10->20x20'``, ``'resize to 20x20'`` where the student's grid is not known.
+
+        ``'none'`` where the grids are equal.
+        """
         height, width = teacher_shape[-2:]
+        if tuple(student_shape[2:]) == (height, width):
+            return 'none'
         if len(student_shape) != 4:
             return f'resize to {height}x{width}'
         return f'resize {student_shape[-2]}x{student_shape[-1]}->{height}x{width}'

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugins.adapters._common import check_integers
+from kd_plugins.adapters.base import Adapter
 from kd_plugins.adapters.resize import resize
 from kd_plugins.errors import DistillError
 
@@ -165,7 +166,7 @@ def _advice(tensor: Tensor) -> str:
     return 'tap another module'
 
 
-class _Grid(nn.Module):
+class _Grid(Adapter):
     """What the two modules share: how the grid of a token sequence is known."""
 
     needs_image_size = True

@@ -21,8 +21,8 @@ from kd_plugins.distiller import find_module
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassLogits
 from kd_plugins.registry import MODELS
-from kd_plugins.teachers import find_weights, load_checkpoint
-from kd_plugins.teachers.network import create_network, data_config
+from kd_plugins.teachers import check_prefix, find_weights, load_checkpoint, match_names
+from kd_plugins.teachers.network import create_network, data_config, timm_names
 
 
 @MODELS.register_module()
@@ -51,6 +51,7 @@ class TimmClassifier(BaseModel):
         input_size: Side of the images in pixels, or ``(height, width)``. Default: the model's ``pretrained_cfg``.
             Models that are made for one resolution are built for it.
         checkpoint: Weights to start from. Where the number of classes differs, the classifier starts anew.
+        checkpoint_prefix: What the names of the weights begin with, in a file of several models.
         pretrained: Start from timm's own weights (from the internet), if no checkpoint is given.
         loss: ``'ce'``, ``'bce'``, or ``dict(type=...)`` of a loss of timm, torch or the ``MODELS`` registry. ``'ce'``
             is cross-entropy, with Mixup or CutMix timm's for soft labels; of multi-label data it is binary.
@@ -76,6 +77,7 @@ class TimmClassifier(BaseModel):
         in_chans: int = 3,
         input_size: int | tuple[int, int] | None = None,
         checkpoint: str | None = None,
+        checkpoint_prefix: str | None = None,
         pretrained: bool = False,
         loss: str | Mapping[str, Any] = 'ce',
         label_smoothing: float = 0.0,
@@ -92,6 +94,7 @@ class TimmClassifier(BaseModel):
             raise DistillError(f'model.label_smoothing must be a number in [0, 1), got {label_smoothing!r}.')
         if not isinstance(multi_label, bool):
             raise DistillError(f'model.multi_label must be True or False, got {multi_label!r}.')
+        check_prefix(checkpoint_prefix, 'model.checkpoint')
         fixed = dict(num_classes=num_classes, in_chans=in_chans, input_size=input_size)
         net, self.model_name = _network(model, fixed, pretrained, options)
         data = data_config(net)
@@ -122,7 +125,8 @@ class TimmClassifier(BaseModel):
         self.logits = ClassLogits(number, activation)
         if token is not None:
             self.dist_logits = ClassLogits(number, activation)
-        self.multi_label, self.checkpoint = multi_label, checkpoint
+        self.multi_label = multi_label
+        self.checkpoint, self.checkpoint_prefix = checkpoint, checkpoint_prefix
         #: Whether the heads learn from different teachers in the next forward; set by `DistillHook`.
         self.separate_heads = False
         self.criterion = build_criterion(loss, label_smoothing, multi_label, mixup is not None)
@@ -135,6 +139,11 @@ class TimmClassifier(BaseModel):
         self._frozen = self._freeze(freeze)
         self._register_state_dict_hook(without_prefix)
         self._register_load_state_dict_pre_hook(with_prefix, with_module=True)
+
+    @property
+    def weights_of(self) -> nn.Module:
+        """What its checkpoints hold: the network under timm's names."""
+        return self.net
 
     # ------------------------------------------------------------------ MMEngine
     def forward(self, inputs: Tensor, data_samples: Sequence[ClassSample] | None = None, mode: str = 'tensor') -> Any:
@@ -182,11 +191,13 @@ class TimmClassifier(BaseModel):
         """Load ``checkpoint``. The network has initialised itself; MMEngine's way would overwrite loaded weights."""
         if self.checkpoint is None:
             return
-        path = self.checkpoint
-        state, _ = find_weights(load_checkpoint(path, 'model.checkpoint'), os.fspath(path))
-        anew = load_start(self.net, state, path)
-        note = f'; the classifier ({", ".join(anew)}) starts anew' if anew else ''
-        print_log(f'student starts from {path}{note}', logger='current')
+        where, content = 'model.checkpoint', load_checkpoint(self.checkpoint, 'model.checkpoint')
+        path = os.fspath(self.checkpoint)
+        weights = find_weights(content, path, where, self.checkpoint_prefix)
+        weights = match_names(self.net, weights, path, where, convert=timm_names)
+        anew = load_start(self.net, weights.state, path)
+        notes = [f'the classifier ({", ".join(anew)}) starts anew'] if anew else []
+        print_log('; '.join([f'student starts from {path}', *weights.notes, *notes]), logger='current')
 
     def train(self, mode: bool = True) -> TimmClassifier:
         """Switch the mode; frozen modules stay in evaluation."""

@@ -29,6 +29,9 @@ _MODES = {1: 'L', 3: 'RGB'}
 class _Images(Dataset):
     """What every data set here has in common; subclasses say where image ``i`` comes from.
 
+    `metainfo`, `full_init`, `get_data_info` and `get_cat_ids` are what MMEngine's wrappers (RepeatDataset,
+    ConcatDataset, ClassBalancedDataset) ask of a data set.
+
     Args:
         labels: ``(N,)`` class numbers, or ``(N, C)`` zeros and ones.
         classes: Their names.
@@ -39,10 +42,37 @@ class _Images(Dataset):
     def __init__(self, labels: np.ndarray, classes: Sequence[str], transform: Any, in_chans: int) -> None:
         if in_chans not in _MODES or isinstance(in_chans, bool):
             raise DistillError(f'in_chans must be 3 (RGB) or 1 (grey), got {in_chans!r}.')
-        self.metainfo = dict(classes=tuple(classes))
+        self._classes = tuple(classes)
         self.transform = build_transform(transform, in_chans)
         self._mode = _MODES[in_chans]
         self._labels = labels
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """``dict(classes=<names>)``, a new one every time: mmdet's ConcatDataset writes into it."""
+        return dict(classes=self._classes)
+
+    def full_init(self) -> None:
+        """Nothing: the labels are there from the beginning."""
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        """What is known of an image without reading it.
+
+        Args:
+            index: Of the image.
+
+        Returns:
+            ``dict(img_path=<name>, gt_label=<class, or list of classes>, sample_idx=index)``.
+        """
+        index = range(len(self))[index]
+        found = self.get_cat_ids(index)
+        label = found[0] if self._labels.ndim == 1 else found
+        return dict(img_path=self._name(index), gt_label=label, sample_idx=index)
+
+    def get_cat_ids(self, index: int) -> list[int]:
+        """The classes of an image; one, or with several labels per image any number."""
+        label = self._labels[index]
+        return [int(label)] if self._labels.ndim == 1 else np.flatnonzero(label).tolist()
 
     def __len__(self) -> int:
         return len(self._labels)

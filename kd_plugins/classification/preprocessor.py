@@ -65,7 +65,8 @@ class ClassifierPreprocessor(BaseDataPreprocessor):
     @property
     def pixel_format(self) -> PixelFormat:
         """What its batches look like, for a teacher that expects other ones."""
-        return PixelFormat(tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist()), rgb=True)
+        mean, std = (tuple(v.flatten().tolist()) for v in (self.mean, self.std))
+        return PixelFormat(mean, std, rgb=True, size=self.size)
 
     def forward(self, data: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
         """Make a batch.

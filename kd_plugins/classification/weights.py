@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.teachers import load_strictly
 
 #: Where `TimmClassifier` holds the network.
 NET = 'net.'
@@ -42,15 +44,10 @@ def load_start(net: nn.Module, state: Mapping[str, Tensor], source: str) -> list
         heads = {id(p) for m in classifier_modules(net) for p in m.parameters()}
         names = [k for k, p in net.named_parameters() if id(p) in heads]
         anew = [k for k in names if k not in state or state[k].shape != own[k].shape]
-    wrong = [k for k in own if k not in anew and (k not in state or state[k].shape != own[k].shape)]
-    wrong = [k for k in wrong if not k.endswith('num_batches_tracked')]
-    extra = [k for k in state if k not in own]
-    if wrong or extra:
-        raise DistillError(
-            f'model.checkpoint {source!r} does not fit {type(net).__name__}: {len(wrong)} keys missing or of another '
-            f'shape, {len(extra)} unexpected ({", ".join([*wrong, *extra][:3])}); check model and its options.'
-        )
-    net.load_state_dict({k: v for k, v in state.items() if k not in anew}, strict=False)
+    rest = OrderedDict((k, v) for k, v in state.items() if k not in anew)
+    rest._metadata = getattr(state, '_metadata', None)
+    network = 'model.model with its options'
+    load_strictly(net, rest, source, allow_missing=anew, architecture=network, where='model.checkpoint')
     return anew
 
 

@@ -1,21 +1,32 @@
 """The engine: taps, terms, schedules, adapters and the summary. Knows torch, losses, adapters and predictions only."""
 
+from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.bank import AdapterBank
-from kd_plugins.distiller.engine import CannotRunError, Distiller, Position
+from kd_plugins.distiller.host import Host, Position
+from kd_plugins.distiller.optimizer import AdapterOptimizer
+from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.rng import untouched_rng
+from kd_plugins.distiller.schedules import Window, build_window
+from kd_plugins.distiller.session import CannotRunError, Session
 from kd_plugins.distiller.summary import summary
 from kd_plugins.distiller.taps import Capture, Tap, find_module, map_tensors
 from kd_plugins.distiller.terms import Term, build_terms
 
 __all__ = [
     'AdapterBank',
+    'AdapterOptimizer',
+    'Apart',
     'CannotRunError',
     'Capture',
-    'Distiller',
+    'Host',
     'Position',
+    'Session',
     'Tap',
+    'Teacher',
     'Term',
+    'Window',
     'build_terms',
+    'build_window',
     'find_module',
     'map_tensors',
     'summary',

@@ -1,9 +1,8 @@
-"""Where the trainable parts of a distillation live: in the student, but in none of its state dicts."""
+"""Where the trainable parts of a distillation live: in no module tree but their own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,59 +11,65 @@ from kd_plugins.errors import DistillError
 
 
 class AdapterBank(nn.Module):
-    """The trainable parts of a distillation: real sub-modules, but absent from every state dict.
+    """The trainable parts of a distillation, a child for every term.
 
-    They sit in the student so that the optimizer, DDP and EMA see them, while the student's checkpoints keep exactly
-    the keys of the plain model. Their state travels under a checkpoint key of its own (:meth:`export_state`).
+    It is never a part of the student, so that the student's optimizer, EMA, DDP buckets and checkpoints stay those of
+    the plain run: `AdapterOptimizer` trains it, and its state is saved under a key or in a file of its own.
+
+    Attributes:
+        marked: Terms that took part in a forward pass since the last step; None: nobody said, so all.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._register_state_dict_hook(_drop_own_keys)
-        self._register_load_state_dict_pre_hook(_keep_own_values, with_module=True)
+        self.marked: set[str] | None = None
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What an optimizer has to train, by name; empty where no term has trainable parts."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def mark(self, terms: Iterable[str]) -> None:
+        """Say which terms take part in this forward pass.
+
+        Several ranks average the gradients of the same parameters. Whether one of them got a gradient may depend on
+        its images; which terms are on must not: it is what the schedule says, and so the same on every rank.
+
+        Args:
+            terms: Names of children; none while the distillation is off.
+        """
+        self.marked = (self.marked or set()).union(terms)
+
+    def marked_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of `trainable` that belong to marked terms."""
+        marked = self.marked
+        return {n: p for n, p in self.trainable().items() if marked is None or n.partition('.')[0] in marked}
+
+    def unmark(self) -> None:
+        """Forget which terms took part: their gradients are gone."""
+        if self.marked is not None:
+            self.marked = set()
 
     def export_state(self) -> dict[str, Tensor]:
-        """Adapter weights on the CPU by name, for the checkpoint's own entry."""
-        return {k: v.detach().cpu().clone() for k, v in _own_tensors(self, '').items()}
+        """Weights and buffers on the CPU by name; copies."""
+        return {k: v.detach().cpu().clone() for k, v in self.state_dict().items()}
 
     def import_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Restore what :meth:`export_state` returned.
+        """Restore what `export_state` returned.
+
+        Args:
+            state: What it returned.
+            source: Where it was saved, for the message.
 
         Raises:
             DistillError: The state belongs to other adapters.
         """
-        own = _own_tensors(self, '')
+        own = self.state_dict()
         wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
         if wrong:
             raise DistillError(
                 f'The adapters saved in {source} are not those of this config ({", ".join(wrong[:3])}); resume with '
-                'the terms the run was started with, or start anew from load_from.'
+                'the terms the run was started with, or start anew from its weights.'
             )
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])
-
-
-def _own_tensors(bank: nn.Module, prefix: str) -> dict[str, Tensor]:
-    persistent = {}
-    for path, module in bank.named_modules():
-        start = f'{prefix}{path}.' if path else prefix
-        for key, value in module._parameters.items():
-            if value is not None:
-                persistent[start + key] = value
-        for key, value in module._buffers.items():
-            if value is not None and key not in module._non_persistent_buffers_set:
-                persistent[start + key] = value
-    return persistent
-
-
-# Module-level functions, so that the EMA's deep copy of the bank carries hooks that act on the copy.
-def _drop_own_keys(bank: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
-    for key in _own_tensors(bank, prefix):
-        state.pop(key, None)
-
-
-def _keep_own_values(bank: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    # A load finds the bank's current values, so it is complete without them being in the file.
-    for key, value in _own_tensors(bank, prefix).items():
-        state.setdefault(key, value.detach())

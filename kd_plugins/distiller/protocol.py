@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kd_plugins.distiller.taps import Capture
+from kd_plugins.distiller.host import Host
+from kd_plugins.distiller.taps import Capture, Tap
+from kd_plugins.predictions import Form
 
 
 class Teacher(Protocol):
@@ -25,6 +27,7 @@ class Teacher(Protocol):
         normalization: For the summary: how it is given its images.
         classes: Names of the classes it knows in the order of its outputs, or None when unknown.
         num_classes: How many it predicts, or None when unknown.
+        own_classes: Whether its classes are its own; False: it is made from the student and has those.
         head: Path of the module whose output is what it predicts.
         kind: Key of the ``teacher`` mapping that it came from, ``''`` for others.
         channels: Image channels it takes, or None when unknown.
@@ -37,6 +40,7 @@ class Teacher(Protocol):
     normalization: str
     classes: tuple[str, ...] | None
     num_classes: int | None
+    own_classes: bool
     head: str
     kind: str
     channels: int | None
@@ -55,6 +59,14 @@ class Teacher(Protocol):
         """Follow the device of the student's inputs, and their dtype where the student itself runs in it."""
         ...
 
+    def tap(self, tap: Tap) -> Tap:
+        """The tap that is meant by a name: ``head``, ``neck``, ``backbone``, ``logits``, ``stages[i]``, or a path.
+
+        Raises:
+            DistillError: It has no such thing.
+        """
+        ...
+
     def outputs(self, inputs: Any, samples: Any, modules: Iterable[str]) -> Capture:
         """What its modules compute for the student's processed batch, without gradients.
 
@@ -65,8 +77,17 @@ class Teacher(Protocol):
         """
         ...
 
-    def begin(self, student: nn.Module) -> None:
-        """The run is about to start (or to be resumed): called once, before the first check."""
+    def begin(self, student: nn.Module, host: Host) -> None:
+        """The run is about to start (or to be resumed): called once, before the taps are looked up.
+
+        Args:
+            student: The plain student with the weights that it starts from.
+            host: How models like the student are run and tapped, for teachers that are made from it.
+        """
+        ...
+
+    def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
+        """What will be asked of it, so that it can leave out the rest: taps, and the forms they are read into."""
         ...
 
     def after_step(self) -> None:

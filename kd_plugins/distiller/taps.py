@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,18 +23,32 @@ from kd_plugins.errors import DistillError, nearest
 # The dropout behind the softmax of an attention module, in timm's spelling.
 _ATTENTION = 'attn_drop'
 _ABSENT = object()
-_PATH = re.compile(r'^(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
+_PATH = re.compile(r'^(?:(?P<owner>[A-Za-z_]\w*):)?(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
 
 
 @dataclass(frozen=True)
 class Tap:
     """A place in a model: a dotted module path and, optionally, which of its outputs.
 
-    Written ``'neck'`` (all outputs), ``'neck[1]'`` (the second one) or ``'backbone.layer3'``.
+    Written ``'neck'`` (all outputs), ``'neck[1]'`` (the second one) or ``'backbone.layer3'``; a teacher that is one of
+    several stands in front, ``'big:neck'``. What a name means (``head``, ``neck``, ``backbone``, ``logits``,
+    ``stages[i]``) is for the host of the model to say, which returns another tap.
+
+    Attributes:
+        module: Dotted path of the module.
+        index: Which of its outputs; None: all of them.
+        owner: Name of the teacher, ``''`` for the only one.
+        part: Which branch of a head that has several, or None.
+        also: Further modules whose outputs follow, where a name means several.
+        written: How the user wrote it, for messages.
     """
 
     module: str
     index: int | None = None
+    owner: str = ''
+    part: str | None = None
+    also: tuple[str, ...] = ()
+    written: str = field(default='', compare=False)
 
     @classmethod
     def parse(cls, text: object, where: str) -> Tap:
@@ -51,10 +65,22 @@ class Tap:
         if match is None:
             raise DistillError(f"{where} must be a module path like 'neck' or 'neck[1]', got {text!r}.")
         index = match['index']
-        return cls(match['module'], None if index is None else int(index))
+        return cls(match['module'], None if index is None else int(index), match['owner'] or '')
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of all its modules."""
+        return (self.module, *self.also)
+
+    def means(self, module: str, *also: str, index: int | None = None, part: str | None = None) -> Tap:
+        """What it stands for, remembering how it was written."""
+        return replace(self, module=module, also=also, index=index, part=part, written=str(self))
 
     def __str__(self) -> str:
-        return self.module if self.index is None else f'{self.module}[{self.index}]'
+        if self.written:
+            return self.written
+        owner = f'{self.owner}:' if self.owner else ''
+        return owner + (self.module if self.index is None else f'{self.module}[{self.index}]')
 
 
 @dataclass(frozen=True)
@@ -193,6 +219,16 @@ class Capture:
 
         return forward
 
+    @property
+    def device(self) -> str:
+        """Type of the device of what was recorded."""
+        recorded = (t for calls in self.calls.values() for call in calls for t in tensors_in(call.output))
+        return next(recorded).device.type
+
+    def put(self, path: str, output: Any, training: bool) -> None:
+        """Record what somebody else saw a module return."""
+        self.calls[path] = [Call(output, training)]
+
     def call(self, path: str, repeated: bool = False) -> Call:
         """The only call of a module.
 
@@ -216,7 +252,8 @@ class Capture:
         Raises:
             DistillError: The module did not run, returned no tensor, or the index is out of range.
         """
-        found = [t for call in self._fired(tap.module) for t in tensors_in(call.output)]
+        calls = (call for path in tap.modules for call in self._fired(path))
+        found = [t for call in calls for t in tensors_in(call.output)]
         if not found:
             raise DistillError(f'{self.where} module {tap.module!r} returned no tensor; tap another module.')
         if tap.index is None:

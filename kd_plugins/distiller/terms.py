@@ -1,22 +1,36 @@
-"""A distillation term: which loss, between which taps, with which adapter and weight."""
+"""A distillation term: which loss, between which taps, with which adapter and weight, and when."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 import kd_plugins.adapters as adapters
 import kd_plugins.losses as losses
-from kd_plugins.distiller.schedules import Constant, Schedule, build_schedule
+from kd_plugins.distiller.schedules import Schedule, Window, build_schedule, build_window, is_zero
 from kd_plugins.distiller.taps import Tap
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.distiller.weighting import Weighting, build_weighting
+from kd_plugins.errors import DistillError, check_keys, in_words, nearest
+from kd_plugins.losses.base import CONSUMES, Declaration, declaration_of
+from kd_plugins.predictions import Form, form_named, forms
 
-TERM_KEYS = ('loss', 'student', 'teacher', 'adapter', 'weight', 'temperature')
-CONSUMES = ('features', 'logits', 'predictions', 'segmentation')
+TERM_KEYS = (
+    'loss',
+    'student',
+    'teacher',
+    'adapter',
+    'teacher_adapter',
+    'weight',
+    'temperature',
+    'start',
+    'stop',
+    'samples',
+)
 AUTO_OPTIONS = ('norm', 'prefix_tokens')
 PROJECTORS = ('LogitProjector', 'kd_plugins.LogitProjector', adapters.LogitProjector)
 Resolver = Callable[[str], Callable[..., nn.Module] | None]
@@ -28,14 +42,17 @@ class Term:
 
     Attributes:
         name: Its key; logged as ``loss_kd_<name>``.
-        loss: The loss module. Its ``consumes`` says what it is given: ``'features'``, ``'logits'``,
-            ``'predictions'`` or ``'segmentation'``.
+        loss: The loss module.
+        declared: What the loss says of itself.
         student: Tap in the student.
-        teacher: Tap in the teacher.
+        teacher: Tap in the teacher; its ``owner`` says in which one.
         adapter: ``'auto'`` or ``dict(type='auto', **options)``, None (shapes must fit), a config ``dict(type=...)``,
             or a list of configs, one after the other. Losses on logits take none but `LogitProjector`.
+        teacher_adapter: The same for the teacher's side, without parameters to train; None: as it comes.
         weight: Schedule of the weight.
         temperature: Schedule of the loss's temperature, or None to leave it as configured.
+        window: Where in the run it is on, within the window of the run.
+        samples: How much each image counts, or None: all alike.
     """
 
     name: str
@@ -45,11 +62,20 @@ class Term:
     adapter: Any
     weight: Schedule
     temperature: Schedule | None
+    declared: Declaration = field(default_factory=Declaration)
+    teacher_adapter: Any = None
+    window: Window = field(default_factory=Window)
+    samples: Weighting | None = None
 
     @property
     def consumes(self) -> str:
         """What the loss is given."""
-        return getattr(self.loss, 'consumes', 'features')
+        return self.declared.consumes
+
+    @property
+    def wanted(self) -> type[Form] | None:
+        """The form that the loss asks for by name; None where it takes features or logits."""
+        return None if self.consumes in CONSUMES else form_named(self.consumes)
 
     @property
     def automatic(self) -> Mapping[str, Any]:
@@ -61,6 +87,12 @@ class Term:
         return {}
 
     @property
+    def prefixes(self) -> tuple[int | None, int | None]:
+        """Tokens in front of those of the patches, of student and teacher, where the term says so."""
+        value = self.automatic.get('prefix_tokens')
+        return (value[0], value[1]) if isinstance(value, (tuple, list)) else (value, value)
+
+    @property
     def projects(self) -> bool:
         """Whether the student's tap is a feature of which the adapter makes class logits."""
         return _is_projector(self.adapter)
@@ -68,7 +100,40 @@ class Term:
     @property
     def always_zero(self) -> bool:
         """Whether the weight is 0 throughout the run."""
-        return isinstance(self.weight, Constant) and self.weight.value == 0
+        return is_zero(self.weight)
+
+
+def resolver_of(imports: Any, more: Resolver | None = None) -> Resolver | None:
+    """Finds losses and adapters of a user's own modules.
+
+    Args:
+        imports: Names of modules, ``['my_package.losses']``; importing them may also register readers, schedules and
+            the like.
+        more: Asked for names that are in none of them.
+
+    Raises:
+        DistillError: A module cannot be imported.
+    """
+    if not imports:
+        return more
+    names = [imports] if isinstance(imports, str) else imports
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise DistillError(f"imports must be a list of module names, e.g. ['my_package.losses'], got {imports!r}.")
+    found = []
+    for name in names:
+        try:
+            found.append(importlib.import_module(name))
+        except Exception as error:
+            raise DistillError(f'imports: {name!r} cannot be imported ({in_words(error)}).') from error
+
+    def resolve(name: str) -> Callable[..., nn.Module] | None:
+        short = name.rpartition('.')[2]
+        for module in found:
+            if short in vars(module) and name in (short, f'{module.__name__}.{short}'):
+                return vars(module)[short]
+        return more(name) if more is not None else None
+
+    return resolve
 
 
 def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Resolver | None = None) -> nn.Module:
@@ -130,7 +195,7 @@ def build_terms(cfg: Any, resolve: Resolver | None = None) -> dict[str, Term]:
     if not isinstance(cfg, Mapping) or not {k: v for k, v in cfg.items() if v is not None}:
         raise DistillError(
             "terms is empty: nothing would be distilled; write terms=dict(logits=dict(loss=dict(type='YOLOLogitLoss'), "
-            "student='bbox_head', teacher='bbox_head'))."
+            "student='head', teacher='head'))."
         )
     # `terms=dict(logits=None)` in a child config takes an inherited term out.
     return {name: _build_term(name, term, resolve) for name, term in cfg.items() if term is not None}
@@ -147,14 +212,10 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
         if key not in cfg:
             raise DistillError(f"{where} needs 'loss', 'student' and 'teacher'; {key!r} is missing.")
     loss = build_named(cfg['loss'], losses, f'{where}: loss', 'loss', resolve)
-    consumes = getattr(loss, 'consumes', 'features')
-    if consumes == 'masks':
-        raise DistillError(
-            f'{where}: {type(loss).__name__} compares masks of instances, which only the Ultralytics side of this '
-            'package computes (its option mask); for class logits per pixel use PixelwiseKLDivLoss.'
-        )
-    if consumes not in CONSUMES:
-        raise DistillError(f'{where}: loss.consumes must be one of {", ".join(map(repr, CONSUMES))}, got {consumes!r}.')
+    declared = declaration_of(loss)
+    consumes, known = declared.consumes, (*CONSUMES, *(f.name for f in forms()))
+    if consumes not in known:
+        raise DistillError(f'{where}: loss.consumes must be one of {", ".join(map(repr, known))}, got {consumes!r}.')
     temperature = None
     if cfg.get('temperature') is not None:
         if not hasattr(loss, 'temperature'):
@@ -168,16 +229,31 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
             "on logits, e.g. loss=dict(type='KLDivLoss'), or another adapter."
         )
     if adapter not in ('auto', None) and consumes != 'features' and not _is_projector(adapter):
-        what = 'class logits of pixels' if consumes == 'segmentation' else consumes
+        what = consumes if consumes in CONSUMES else f'whole {form_named(consumes).head} heads'
         raise DistillError(f'{where}: {type(loss).__name__} compares {what}, which take no adapter; remove it.')
+    teacher_adapter = cfg.get('teacher_adapter')
+    if teacher_adapter is not None:
+        _check_adapter(teacher_adapter, where, 'teacher_adapter')
+        if teacher_adapter == 'auto' or consumes != 'features':
+            raise DistillError(
+                f"{where}: teacher_adapter brings the teacher's features to a form, e.g. dict(type='ChannelNorm'); "
+                f'got {teacher_adapter!r} for a loss on {consumes}.'
+            )
+    student = Tap.parse(cfg['student'], f'{where}: student')
+    if student.owner:
+        raise DistillError(f'{where}: there is one student; write student={str(student).partition(":")[2]!r}.')
     return Term(
         name=name,
         loss=loss,
-        student=Tap.parse(cfg['student'], f'{where}: student'),
+        student=student,
         teacher=Tap.parse(cfg['teacher'], f'{where}: teacher'),
         adapter=adapter,
         weight=build_schedule(cfg.get('weight', 1.0), f'{where}: weight'),
         temperature=temperature,
+        declared=declared,
+        teacher_adapter=teacher_adapter,
+        window=build_window(cfg.get('start'), cfg.get('stop'), f'{where}: '),
+        samples=build_weighting(cfg.get('samples'), f'{where}: samples'),
     )
 
 
@@ -185,7 +261,7 @@ def _is_projector(adapter: Any) -> bool:
     return isinstance(adapter, Mapping) and adapter.get('type') in PROJECTORS
 
 
-def _check_adapter(adapter: Any, where: str) -> None:
+def _check_adapter(adapter: Any, where: str, key: str = 'adapter') -> None:
     if isinstance(adapter, Mapping) and adapter.get('type') == 'auto':
         check_keys({k: v for k, v in adapter.items() if k != 'type'}, AUTO_OPTIONS, f'{where}: adapter (auto)')
         if not isinstance(adapter.get('norm', False), bool):
@@ -195,7 +271,7 @@ def _check_adapter(adapter: Any, where: str) -> None:
     parts = adapter if isinstance(adapter, (list, tuple)) else [adapter]
     if adapter in ('auto', None) or (parts and all(isinstance(p, Mapping) for p in parts)):
         return
-    raise DistillError(f"{where}: adapter must be 'auto', None, dict(type=...) or a list of such, got {adapter!r}.")
+    raise DistillError(f"{where}: {key} must be 'auto', None, dict(type=...) or a list of such, got {adapter!r}.")
 
 
 def _check_prefix(value: Any, where: str) -> None:

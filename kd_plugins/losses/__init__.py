@@ -15,11 +15,13 @@ argument. Only torch is needed::
 """
 
 from kd_plugins.losses.attention_transfer import AttentionTransferLoss, attention_transfer
+from kd_plugins.losses.auto_box import AutoBoxLoss
 from kd_plugins.losses.base import DistillLoss as DistillLoss
 from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
 from kd_plugins.losses.box_l1 import BoxL1Loss, box_l1
 from kd_plugins.losses.channel_wise import ChannelWiseDivLoss, channel_wise_div
+from kd_plugins.losses.cosine import CosineFeatureLoss, cosine_feature
 from kd_plugins.losses.dist import DISTLoss, dist
 from kd_plugins.losses.dkd import DKDLoss, dkd
 from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
@@ -36,10 +38,12 @@ from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 
 __all__ = [
     'AttentionTransferLoss',
+    'AutoBoxLoss',
     'BinaryKLDivLoss',
     'BoxIoULoss',
     'BoxL1Loss',
     'ChannelWiseDivLoss',
+    'CosineFeatureLoss',
     'DISTLoss',
     'DKDLoss',
     'FeatureMSELoss',
@@ -58,6 +62,7 @@ __all__ = [
     'box_iou',
     'box_l1',
     'channel_wise_div',
+    'cosine_feature',
     'dist',
     'dkd',
     'feature_mse',

@@ -41,6 +41,10 @@ class DistillLoss(nn.Module):
         """The loss for teacher features of so many channels: itself, unless it has parts of that size to train."""
         return self
 
+    def for_predictions(self, student: Any, teacher: Any) -> nn.Module:
+        """The loss for two aligned predictions, seen once before training: itself, unless it stands for others."""
+        return self
+
 
 @dataclass(frozen=True)
 class Declaration:
@@ -48,6 +52,8 @@ class Declaration:
 
     Attributes:
         built_per_level: Whether ``for_channels`` makes a loss of its own for every level.
+        stands_for_another: Whether ``for_predictions`` returns the loss that is meant.
+        takes_predictions: Whether it has a ``from_predictions(student, teacher)`` for whole detection heads.
     """
 
     consumes: str = 'features'
@@ -56,6 +62,8 @@ class Declaration:
     any_channels: bool = False
     any_grid: bool = False
     built_per_level: bool = False
+    takes_predictions: bool = False
+    stands_for_another: bool = False
 
 
 def declaration_of(loss: nn.Module) -> Declaration:
@@ -70,7 +78,12 @@ def declaration_of(loss: nn.Module) -> Declaration:
         if hasattr(loss, key)
     }
     own = getattr(type(loss), 'for_channels', None)
-    found = Declaration(**names, built_per_level=own not in (None, DistillLoss.for_channels))
+    found = Declaration(
+        **names,
+        built_per_level=own not in (None, DistillLoss.for_channels),
+        takes_predictions=hasattr(loss, 'from_predictions'),
+        stands_for_another=getattr(type(loss), 'for_predictions', None) not in (None, DistillLoss.for_predictions),
+    )
     if found.activation not in ACTIVATIONS:
         raise DistillError(
             f"{type(loss).__name__}.activation must be None, 'softmax' or 'sigmoid', got {found.activation!r}."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -17,10 +15,8 @@ from kd_plugins.losses._common import (
     full_precision,
     mean_over_positions,
 )
+from kd_plugins.losses._dense import Dense
 from kd_plugins.losses.base import DistillLoss
-
-if TYPE_CHECKING:
-    from kd_plugins.predictions.dense import DensePredictions
 
 
 def binary_kl_div(
@@ -99,7 +95,7 @@ class BinaryKLDivLoss(DistillLoss):
             weight = as_full(teacher.detach()).amax(-1).sigmoid()
         return binary_kl_div(student, teacher, weight, temperature=self.temperature)
 
-    def from_predictions(self, student: DensePredictions, teacher: DensePredictions) -> Tensor:
+    def from_predictions(self, student: Dense, teacher: Dense) -> Tensor:
         """The loss of two aligned detection heads: `forward` on what these know better than bare logits do.
 
         The classes of a softmax head become independent ones (without the background), and the weight of a head with

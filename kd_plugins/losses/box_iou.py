@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,8 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses._dense import Dense
 from kd_plugins.losses.base import DistillLoss
-
-if TYPE_CHECKING:
-    from kd_plugins.predictions.dense import DensePredictions
 
 _SMALLEST = 1e-6  # area in square strides below which a box is a line
 
@@ -76,19 +72,23 @@ class BoxIoULoss(DistillLoss):
         check_choice((False, True), foreground=foreground)
         self.foreground = foreground
 
-    def forward(self, student: DensePredictions, teacher: DensePredictions) -> Tensor:
-        for role, predictions in (('student', student), ('teacher', teacher)):
-            if predictions.ltrb is None:
-                raise DistillError(
-                    f"BoxIoULoss needs decoded upright boxes, but the {role}'s head has none"
-                    f'{reason_for_absence(predictions, "ltrb")}; use BoxL1Loss or YOLOLogitLoss.'
-                )
+    def forward(self, student: Dense, teacher: Dense) -> Tensor:
+        boxes = _decoded(student, 'student'), _decoded(teacher, 'teacher')
         weight = None
         if self.foreground:
             with full_precision(teacher.cls):
                 # Before confidence() multiplies: in float16 the product of two small probabilities is 0.
                 weight = teacher.float().confidence()
-        return box_iou(student.ltrb, teacher.ltrb, weight)
+        return box_iou(*boxes, weight)
 
     def extra_repr(self) -> str:
         return describe(foreground=self.foreground)
+
+
+def _decoded(predictions: Dense, role: str) -> Tensor:
+    if predictions.ltrb is None:
+        raise DistillError(
+            f"BoxIoULoss needs decoded upright boxes, but the {role}'s head has none"
+            f'{reason_for_absence(predictions, "ltrb")}; use BoxL1Loss or YOLOLogitLoss.'
+        )
+    return predictions.ltrb

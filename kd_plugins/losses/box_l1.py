@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from kd_plugins.errors import DistillError
@@ -15,10 +13,8 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses._dense import Dense
 from kd_plugins.losses.base import DistillLoss
-
-if TYPE_CHECKING:
-    from kd_plugins.predictions.dense import DensePredictions
 
 
 def box_l1(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -66,7 +62,7 @@ class BoxL1Loss(DistillLoss):
         check_choice((False, True), foreground=foreground)
         self.foreground = foreground
 
-    def forward(self, student: DensePredictions, teacher: DensePredictions) -> Tensor:
+    def forward(self, student: Dense, teacher: Dense) -> Tensor:
         weight = None
         if self.foreground:
             with full_precision(teacher.cls):
@@ -78,14 +74,14 @@ class BoxL1Loss(DistillLoss):
         return describe(foreground=self.foreground)
 
 
-def _distances(student: DensePredictions, teacher: DensePredictions) -> tuple[Tensor, Tensor]:
+def _distances(student: Dense, teacher: Dense) -> tuple[Tensor, Tensor]:
     same = student.box_coding is not None and student.box_coding == teacher.box_coding
     if same and student.box is not None and teacher.box is not None:
         return student.box, teacher.box
-    for role, predictions in (('student', student), ('teacher', teacher)):
-        if predictions.ltrb is None:
-            raise DistillError(
-                f'BoxL1Loss cannot compare boxes: the codings differ (student {student.box_coding!r}, teacher '
-                f'{teacher.box_coding!r}) and the {role} has no decoded boxes{reason_for_absence(predictions, "ltrb")}.'
-            )
+    if student.ltrb is None or teacher.ltrb is None:
+        role, predictions = ('student', student) if student.ltrb is None else ('teacher', teacher)
+        raise DistillError(
+            f'BoxL1Loss cannot compare boxes: the codings differ (student {student.box_coding!r}, teacher '
+            f'{teacher.box_coding!r}) and the {role} has no decoded boxes{reason_for_absence(predictions, "ltrb")}.'
+        )
     return student.ltrb, teacher.ltrb

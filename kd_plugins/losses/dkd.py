@@ -74,7 +74,8 @@ def dkd(
         if shares is None:
             loss = _decoupled(student, teacher, target, alpha, beta)
         else:
-            loss = sum(share * _decoupled(student, teacher, own, alpha, beta) for share, own in _mixed(shares))
+            parts = [share * _decoupled(student, teacher, own, alpha, beta) for share, own in _mixed(shares)]
+            loss = sum(parts[1:], parts[0])
         return temperature**2 * loss.sum() / max(loss.numel(), 1)
 
 

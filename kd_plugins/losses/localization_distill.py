@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from kd_plugins.errors import DistillError
@@ -16,10 +14,8 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses._dense import Dense
 from kd_plugins.losses.base import DistillLoss
-
-if TYPE_CHECKING:
-    from kd_plugins.predictions.dense import DensePredictions
 
 
 def localization_distill(
@@ -80,19 +76,23 @@ class LocalizationDistillLoss(DistillLoss):
         self.temperature = temperature
         self.foreground = foreground
 
-    def forward(self, student: DensePredictions, teacher: DensePredictions) -> Tensor:
-        for role, predictions in (('student', student), ('teacher', teacher)):
-            if predictions.dist is None:
-                raise DistillError(
-                    f"LocalizationDistillLoss needs heads that predict distance bins (GFL), but the {role}'s does "
-                    f'not{reason_for_absence(predictions, "dist")}; {_INSTEAD}.'
-                )
+    def forward(self, student: Dense, teacher: Dense) -> Tensor:
+        bins = _bins(student, 'student'), _bins(teacher, 'teacher')
         weight = None
         if self.foreground:
             with full_precision(teacher.cls):
                 # Before confidence() multiplies: in float16 the product of two small probabilities is 0.
                 weight = teacher.float().confidence()
-        return localization_distill(student.dist, teacher.dist, weight, temperature=self.temperature)
+        return localization_distill(*bins, weight, temperature=self.temperature)
 
     def extra_repr(self) -> str:
         return describe(temperature=self.temperature, foreground=self.foreground)
+
+
+def _bins(predictions: Dense, role: str) -> Tensor:
+    if predictions.dist is None:
+        raise DistillError(
+            f"LocalizationDistillLoss needs heads that predict distance bins (GFL), but the {role}'s does "
+            f'not{reason_for_absence(predictions, "dist")}; {_INSTEAD}.'
+        )
+    return predictions.dist

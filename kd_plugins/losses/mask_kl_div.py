@@ -78,14 +78,21 @@ class MaskKLDivLoss(DistillLoss):
 
     Args:
         temperature: Softening of both sigmoids.
+        topk: Masks compared per image, at the positions that the teacher is most confident about.
+
+    Raises:
+        DistillError: An option is out of range.
     """
 
     consumes = 'masks'
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, topk: int = 64) -> None:
         super().__init__()
         check_positive(temperature=temperature)
+        if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+            raise DistillError(f'topk must be a whole number >= 1, got {topk!r}.')
         self.temperature = temperature
+        self.topk = topk
 
     def forward(
         self, student: Tensor, teacher: Tensor, inside: Tensor | None = None, weight: Tensor | None = None
@@ -93,4 +100,4 @@ class MaskKLDivLoss(DistillLoss):
         return mask_kl_div(student, teacher, inside, weight, temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        return describe(temperature=self.temperature)
+        return describe(temperature=self.temperature, topk=self.topk)

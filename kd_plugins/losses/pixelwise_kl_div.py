@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def pixelwise_kl_div(
         if lean is None:
             lean = not torch.compiler.is_compiling() and student.numel() >= LEAN_FROM * _chunk_size(student)
         if lean:
-            loss = _LeanPixelLoss.apply(student, teacher, labels, valid, settings)
+            loss = _lean_pixel_loss(student, teacher, labels, valid, settings)
         else:
             loss = _pixel_loss(student, teacher, labels, valid, settings)
         count = max(loss.numel(), 1) if valid is None else valid.sum().clamp(min=1)
@@ -123,7 +124,7 @@ def _pixel_loss(
         # Before anything is computed: the gradient of what is inf or nan would be nan even if its loss is dropped.
         student, teacher = (x.masked_fill(~valid[:, None], 0) for x in (student, teacher))
     loss = temperature**2 * _divergence(student, teacher, temperature, sigmoid)
-    if alpha is not None:
+    if alpha is not None and labels is not None:  # they come together
         loss = alpha * loss + (1 - alpha) * _cross_entropy(student, labels, sigmoid)
     return loss if valid is None else loss.masked_fill(~valid, 0)
 
@@ -136,7 +137,7 @@ def _pixel_gradient(
     student, teacher, outer = student.to(dtype), teacher.to(dtype), outer[:, None]
     gradient = _probabilities(student / temperature, sigmoid).sub_(_probabilities(teacher / temperature, sigmoid))
     gradient.mul_(outer * (temperature if alpha is None else alpha * temperature))
-    if alpha is not None:
+    if alpha is not None and labels is not None:
         hard = _probabilities(student, sigmoid)
         if sigmoid:
             hard.sub_(labels[:, None])
@@ -173,7 +174,7 @@ class _LeanPixelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None, settings: _Settings
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None, settings: _Settings
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, labels, valid)
         ctx.settings = settings
@@ -185,7 +186,7 @@ class _LeanPixelLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, labels, valid = ctx.saved_tensors
         gradient = torch.empty_like(student)
         for part in _chunks(student):
@@ -193,6 +194,9 @@ class _LeanPixelLoss(torch.autograd.Function):
             inputs = _cut(part, student, teacher, labels, valid)
             gradient[images, :, rows] = _pixel_gradient(*inputs, ctx.settings, outer[part])
         return gradient, None, None, None, None
+
+
+_lean_pixel_loss: Callable[..., Tensor] = _LeanPixelLoss.apply
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -345,6 +349,7 @@ class PixelwiseKLDivLoss(DistillLoss):
         self.ignore_index = ignore_index
         self.alpha = alpha
         self.sigmoid = sigmoid
+        self.activation = 'sigmoid' if sigmoid else 'softmax'
         self.lean = lean
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

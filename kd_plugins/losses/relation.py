@@ -60,13 +60,13 @@ def relation(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
     with full_precision(student):
         student, student_distances = _differences(student)
         teacher, teacher_distances = _differences(teacher)
-        loss = 0.0
+        terms = []
         if distance_weight:
-            loss = loss + distance_weight * _distance_loss(student_distances, teacher_distances)
+            terms.append(distance_weight * _distance_loss(student_distances, teacher_distances))
         if angle_weight:
             cosines = _cosines(student, student_distances), _cosines(teacher, teacher_distances)
-            loss = loss + angle_weight * _angle_loss(*cosines)
-        return loss
+            terms.append(angle_weight * _angle_loss(*cosines))
+        return sum(terms[1:], terms[0])
 
 
 def _embeddings(features: Tensor, role: str) -> Tensor:

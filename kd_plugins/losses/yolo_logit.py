@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from kd_plugins.errors import DistillError
@@ -17,10 +15,8 @@ from kd_plugins.losses._common import (
     mean_over_positions,
     reason_for_absence,
 )
+from kd_plugins.losses._dense import Dense
 from kd_plugins.losses.base import DistillLoss
-
-if TYPE_CHECKING:
-    from kd_plugins.predictions.dense import DensePredictions
 
 FOREGROUND = (False, True, 'box')
 
@@ -44,8 +40,8 @@ def l2(student: Tensor, teacher: Tensor, weight: Tensor | None = None, *, what: 
 
 
 def yolo_logit(
-    student: DensePredictions,
-    teacher: DensePredictions,
+    student: Dense,
+    teacher: Dense,
     *,
     obj_weight: float = 1.0,
     box_weight: float = 1.0,
@@ -100,8 +96,9 @@ def yolo_logit(
             # Before confidence() multiplies: in float16 the product of two small probabilities is 0.
             weight = teacher.float().confidence()
         terms = []
-        if obj_weight and _same_objectness(student, teacher):
-            terms.append(obj_weight * l2(student.obj, teacher.obj, what='Objectness logits'))
+        objectness = _comparable_objectness(student, teacher)
+        if obj_weight and objectness is not None:
+            terms.append(obj_weight * l2(*objectness, what='Objectness logits'))
         if box_weight:
             boxes = _comparable_boxes(student, teacher)
             terms.append(box_weight * l2(*boxes, weight, what='Boxes'))
@@ -117,21 +114,21 @@ def yolo_logit(
         return scale * sum(terms[1:], terms[0])
 
 
-def _comparable_boxes(student: DensePredictions, teacher: DensePredictions) -> tuple[Tensor, Tensor]:
+def _comparable_boxes(student: Dense, teacher: Dense) -> tuple[Tensor, Tensor]:
     same_coding = student.box_coding is not None and student.box_coding == teacher.box_coding
     if same_coding and student.box is not None and teacher.box is not None:
         return student.box, teacher.box
-    for role, predictions in (('student', student), ('teacher', teacher)):
-        if predictions.ltrb is None:
-            raise DistillError(
-                f'YOLOLogitLoss cannot compare boxes: the codings differ (student {student.box_coding!r}, teacher '
-                f'{teacher.box_coding!r}) and the {role} has no decoded boxes'
-                f'{reason_for_absence(predictions, "ltrb")}; set box_weight=0.'
-            )
+    if student.ltrb is None or teacher.ltrb is None:
+        role, predictions = ('student', student) if student.ltrb is None else ('teacher', teacher)
+        raise DistillError(
+            f'YOLOLogitLoss cannot compare boxes: the codings differ (student {student.box_coding!r}, teacher '
+            f'{teacher.box_coding!r}) and the {role} has no decoded boxes'
+            f'{reason_for_absence(predictions, "ltrb")}; set box_weight=0.'
+        )
     return student.ltrb, teacher.ltrb
 
 
-def _comparable_classes(student: DensePredictions, teacher: DensePredictions) -> tuple[Tensor, Tensor]:
+def _comparable_classes(student: Dense, teacher: Dense) -> tuple[Tensor, Tensor]:
     if (student.activation == 'softmax') != (teacher.activation == 'softmax'):
         raise DistillError(
             f'YOLOLogitLoss cannot compare class logits of a {student.activation!r} student with those of a '
@@ -142,10 +139,11 @@ def _comparable_classes(student: DensePredictions, teacher: DensePredictions) ->
     return student.class_logits(), teacher.class_logits()
 
 
-def _same_objectness(student: DensePredictions, teacher: DensePredictions) -> bool:
+def _comparable_objectness(student: Dense, teacher: Dense) -> tuple[Tensor, Tensor] | None:
     # Centerness is arbitrary on the background, objectness is not: they cannot be compared with each other.
-    both = student.obj is not None and teacher.obj is not None
-    return both and student.obj_coding == teacher.obj_coding
+    if student.obj is None or teacher.obj is None or student.obj_coding != teacher.obj_coding:
+        return None
+    return student.obj, teacher.obj
 
 
 def _check(obj_weight: float, box_weight: float, cls_weight: float, scale: float, foreground: bool | str) -> None:
@@ -176,7 +174,7 @@ class YOLOLogitLoss(DistillLoss):
         self.scale = scale
         self.foreground = foreground
 
-    def forward(self, student: DensePredictions, teacher: DensePredictions) -> Tensor:
+    def forward(self, student: Dense, teacher: Dense) -> Tensor:
         return yolo_logit(
             student,
             teacher,

@@ -1,34 +1,33 @@
-"""What ``tools/train.py`` and ``tools/test.py`` do, for any MMEngine config."""
+"""``kd-plugins train`` and ``kd-plugins test``, for any MMEngine config."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import get_object_from_string
 
-import kd_plugins
 from kd_plugins import registry as ours
-from kd_plugins.distiller import build_terms, untouched_rng
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.setup import DISTILL_KEYS, build_bank, check_options, find_in_registries
+from kd_plugins.mm.configs import load_config, plain_model
+from kd_plugins.mm.recipes import read_python
+from kd_plugins.recipes import find_recipe
+from kd_plugins.type_names import type_name
 
 EXPORTED = ('.pt2', '.torchscript')
 #: Files that hold a whole model.
 WITH_WEIGHTS = ('.pt', *EXPORTED)
-RECIPE_KEYS = tuple(k for k in DISTILL_KEYS if k != 'teacher')
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f'kd-plugins {command}', description=description)
     parser.add_argument('config', help="config file, or 'mmdet::path/in/its/configs.py'")
     parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
     parser.add_argument(
@@ -71,12 +70,12 @@ def train(argv: Sequence[str] | None = None) -> None:
     Raises:
         DistillError: Something does not fit; nothing was trained.
     """
-    parser = _parser('Train any MMEngine config, with or without knowledge distillation.')
+    parser = _parser('train', 'Train any MMEngine config, with or without knowledge distillation.')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help='resume (default: the latest)')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
     kd = parser.add_argument_group('distillation', 'turn a plain config into a distilled one without editing it')
-    kd.add_argument('--kd', metavar='RECIPE', help='name in configs/kd, or a file that defines terms = dict(...)')
+    kd.add_argument('--kd', metavar='RECIPE', help='name (see kd-plugins recipes), or a .yaml or .py file with terms')
     kd.add_argument(
         '--teacher',
         metavar='CONFIG',
@@ -127,7 +126,7 @@ def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
     Raises:
         DistillError: The checkpoint is missing.
     """
-    parser = _parser('Evaluate a checkpoint; a distilled config is evaluated as its plain student.')
+    parser = _parser('test', 'Evaluate a checkpoint; a distilled config is evaluated as its plain student.')
     parser.add_argument('checkpoint', help='checkpoint of the student')
     parser.add_argument('--out', metavar='PKL', help='dump the predictions')
     args = parser.parse_args(argv)
@@ -161,7 +160,8 @@ def _check_types(config: Config) -> None:
         with registry.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as scope:
             if scope.get(name) is None:
                 raise DistillError(f'{where} has no type {name!r}; did you mean {right!r}?')
-    _check_own(config.to_dict(), '')
+    # Not `to_dict`, which writes the classes of pure-Python configs as strings.
+    _check_own(dict(config.items()), '')
 
 
 def _check_own(value: Any, where: str) -> None:
@@ -176,13 +176,11 @@ def _check_own(value: Any, where: str) -> None:
         if key != 'terms':
             _check_own(item, f'{where}.{key}' if where else str(key))
     name = value.get('type')
-    if not isinstance(name, str) or not name.startswith('kd_plugins.'):
+    own = _find_own(name, where)
+    if own is None:
         return
-    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
-    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
-    if name not in known:
-        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
-    taken = inspect.signature(known[name]).parameters
+    name = name if isinstance(name, str) else f'kd_plugins.{type_name(name)}'
+    taken = inspect.signature(own).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         check_keys((k for k in value if k not in ('type', '_scope_')), taken, f'{where} ({name})')
     for key, parameter in taken.items():
@@ -191,40 +189,42 @@ def _check_own(value: Any, where: str) -> None:
             raise DistillError(f'{where} ({name}) needs {key!r}.')
 
 
+def _find_own(name: Any, where: str) -> Callable[..., Any] | None:
+    """What a ``type`` of ours builds; None for others'.
+
+    Raises:
+        DistillError: It would be one of ours, but there is none of that name.
+    """
+    registries = (ours.DATASETS, ours.HOOKS, ours.METRICS, ours.MODELS)
+    known = {f'kd_plugins.{n}': c for registry in registries for n, c in registry.module_dict.items()}
+    if not isinstance(name, str):
+        return name if name in known.values() else None
+    if not name.startswith('kd_plugins.'):
+        return None
+    # A whole path is what MMEngine dumps of a class.
+    found = known.get(name) or get_object_from_string(name)
+    if found is None:
+        raise DistillError(f'{where}: there is no type {name!r}; {nearest(name, known)}')
+    return found if found in known.values() else None
+
+
 def _use_amp(config: Config) -> None:
     wrapper = config.get('optim_wrapper')
-    if not isinstance(wrapper, Mapping):
+    if not isinstance(wrapper, dict):
         raise DistillError('--amp needs an optim_wrapper in the config.')
-    kind = wrapper.get('type', 'OptimWrapper')
+    kind = type_name(wrapper.get('type', 'OptimWrapper'))
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise DistillError(f'--amp can change an OptimWrapper only, this config uses {kind!r}.')
     wrapper['type'] = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def find_recipe(name: str) -> str:
-    """The file of a recipe given by name or path.
-
-    Raises:
-        DistillError: There is none; the nearest ones are named.
-    """
-    if os.path.isfile(name):
-        return name
-    folders = [Path('configs/kd'), Path(kd_plugins.__file__).parents[1] / 'configs' / 'kd']
-    for folder in folders:
-        path = folder / f'{name}.py'
-        if path.is_file():
-            return str(path)
-    known = [p.stem for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
-    raise DistillError(f'--kd {name!r} is neither a recipe nor a file; {nearest(name, known)}')
-
-
 def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str | None = None) -> None:
-    """Turn a plain config into a distilled one, in the form its terms need.
+    """Turn a plain config into a distilled one.
 
     Args:
         config: Changed in place.
-        recipe: Name or file of a recipe: a config that defines ``terms`` and optionally ``start`` and ``stop``.
+        recipe: Name or file of a recipe, see `kd_plugins.recipes`.
         teacher: The teacher's config, the ``.pt`` of an Ultralytics model, ``timm::name``, ``torchvision::name``, or an
             exported classifier (``.pt2``, ``.torchscript``).
         checkpoint: The teacher's weights; files of models have their own.
@@ -236,18 +236,10 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
         raise DistillError(
             '--kd is for plain configs; this config already distils (model.distill or default_hooks.distill).'
         )
-    path = find_recipe(recipe)
-    options = {k: v for k, v in Config.fromfile(path).to_dict().items() if k != 'custom_imports'}
-    check_keys(options, RECIPE_KEYS, f'recipe {path!r}')
-    distill = dict(teacher=_teacher_source(teacher, checkpoint), **options)
-    check_options(distill)
-    hook = dict(type='kd_plugins.DistillHook')
-    if _needs_model_form(config, distill):
-        config.model = ConfigDict(
-            {**config.model, 'type': 'kd_plugins.Distilled', 'student_type': config.model.type, 'distill': distill}
-        )
-    else:
-        hook.update(distill)
+    path = find_recipe(recipe, '--kd')
+    # What it stands for depends on the model, which the hook knows.
+    options = read_python(recipe) if path.suffix == '.py' else {'recipe': recipe}
+    hook = dict(type='kd_plugins.DistillHook', teacher=_teacher_source(teacher, checkpoint), **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
 
@@ -273,17 +265,6 @@ def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
     return dict(config=teacher, checkpoint=checkpoint)
 
 
-def _needs_model_form(config: Config, distill: Mapping[str, Any]) -> bool:
-    terms = build_terms(distill['terms'], find_in_registries).values()
-    free = (t.consumes != 'features' and t.adapter in ('auto', None) for t in terms)
-    if all(free) and not any(True for t in terms for _ in t.loss.parameters()):
-        return False
-    with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
-        student = registry.build(without_pretrained(config.model))
-        bank = build_bank(student, distill)
-    return any(True for _ in bank.parameters())
-
-
 def _import_ourselves(config: Config) -> None:
     imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
     names: list[str] = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
@@ -297,11 +278,3 @@ def remove_distillation(config: Config) -> None:
     hooks = config.get('default_hooks')
     if hooks and 'distill' in hooks:
         config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
-
-
-def run(function: Callable[[], Any]) -> None:
-    """Run a command; a distillation that cannot run ends with one sentence instead of a traceback."""
-    try:
-        function()
-    except DistillError as error:
-        sys.exit(f'error: {error}')

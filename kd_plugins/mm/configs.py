@@ -11,6 +11,10 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from kd_plugins.errors import DistillError, nearest
+from kd_plugins.type_names import type_name
+
+#: MMEngine's initialiser from a file, by its name in the registry and as a class.
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def config_folder(package: str) -> Path:
@@ -95,7 +99,8 @@ def _name(spec: Any) -> str:
 def plain_model(model: Mapping[str, Any]) -> ConfigDict:
     """The undistilled model config behind one of type ``kd_plugins.Distilled`` (any other is copied as it is)."""
     result = ConfigDict(model).copy()
-    if str(result.get('type')).split('.')[-1] == 'Distilled':
+    # The builder itself is called `distilled`, which is how a pure-Python config names it.
+    if type_name(result.get('type')).lower() == 'distilled':
         result['type'] = result.pop('student_type')
         result.pop('distill', None)
     return result
@@ -109,7 +114,7 @@ def without_pretrained(config: Any) -> Any:
     if isinstance(config, Mapping):
         result = {}
         for key, value in config.items():
-            if key == 'init_cfg' and isinstance(value, Mapping) and value.get('type') == 'Pretrained':
+            if key == 'init_cfg' and isinstance(value, Mapping) and type_name(value.get('type')) in _PRETRAINED:
                 continue
             if key == 'pretrained' and (value is True or isinstance(value, str)):
                 result[key] = False if value is True else None

@@ -1,4 +1,4 @@
-"""The student as a model that carries trainable adapters."""
+"""The student as a model that carries its teacher and terms, for those who want them in ``model=``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from typing import Any
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
-from kd_plugins.distiller import AdapterBank
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.mm.setup import build_bank
 from kd_plugins.registry import MODELS
 
-BANK = 'kd_adapters'
 HOOK_LINES = "default_hooks = dict(distill=dict(type='kd_plugins.DistillHook'))"
 
 
 class DistillMixin:
-    """What a distilled student has beyond its own class: the adapter bank, and a guard.
+    """What a distilled student has beyond its own class: the options of its distillation, and a guard.
 
     The distilled model *is* a student (a subclass instance), not a wrapper that holds one: checkpoint keys,
     ``load_from``, activation checkpointing and hooks that look for sub-modules find what they find in the plain model.
@@ -27,7 +24,6 @@ class DistillMixin:
 
     student_class: type[nn.Module]
     distill: Mapping[str, Any]
-    kd_error: DistillError | None = None
     kd_attached: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,8 +35,7 @@ class DistillMixin:
 
     def __reduce_ex__(self, protocol: Any):
         # Copies are made in __deepcopy__; what is pickled is the plain student, readable without this package.
-        state = {k: v for k, v in self.__dict__.items() if k not in ('distill', 'kd_error', 'kd_attached')}
-        state['_modules'] = {k: v for k, v in self._modules.items() if k != BANK}
+        state = {k: v for k, v in self.__dict__.items() if k not in ('distill', 'kd_attached')}
         # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
         return copyreg._reconstructor, (self.student_class, object, None), state
 
@@ -62,7 +57,7 @@ def distilled_class(student: type) -> type:
         _CLASSES[student] = type(
             f'Distilled{student.__name__}',
             (DistillMixin, student),
-            {'student_class': student, '__doc__': f'{student.__name__} with KD adapters.', '__module__': __name__},
+            {'student_class': student, '__doc__': f'{student.__name__}, distilled.', '__module__': __name__},
         )
     return _CLASSES[student]
 
@@ -71,8 +66,8 @@ def distilled_class(student: type) -> type:
 def distilled(student_type: Any, distill: Mapping[str, Any], **student: Any) -> nn.Module:
     """Build a distilled student.
 
-    Use it when a term has trainable adapters (a feature loss between different widths): they must be part of the
-    model to reach DDP, the optimizer and resume. Parameter-free terms need only the hook.
+    The same as its own class with a `DistillHook` that has the options: a spelling for configs that want them in
+    ``model``.
 
     .. code-block:: python
 
@@ -82,7 +77,7 @@ def distilled(student_type: Any, distill: Mapping[str, Any], **student: Any) -> 
 
     Args:
         student_type: The student's own ``type``.
-        distill: ``dict(teacher=, terms=, start=0, stop=None, alpha=None)``, see :class:`kd_plugins.mm.DistillHook`.
+        distill: ``dict(teacher=, terms=, start=0, ...)``, the options of :class:`kd_plugins.mm.DistillHook`.
         **student: The student's own options.
 
     Returns:
@@ -101,9 +96,4 @@ def distilled(student_type: Any, distill: Mapping[str, Any], **student: Any) -> 
         raise DistillError(f'student_type {student_type!r} must be a model class, got {cls!r}.')
     model = distilled_class(cls)(**student)
     model.distill = distill
-    try:
-        bank = build_bank(model, distill)
-    except DistillError as error:
-        bank, model.kd_error = AdapterBank(), error
-    model.add_module(BANK, bank)
     return model

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from kd_plugins.distiller import Tap, find_module
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import ClassLogits
-from kd_plugins.teachers.stages import stages
+from kd_plugins.mm.task import CLASSIFICATION, task_of
+from kd_plugins.teachers.taps import classifier_tap
 
 _BODY = ('backbone', 'neck')
-#: Shown to whoever wants to distil into a distillation token that is not there.
-EXAMPLES = 'deit_tiny_distilled_patch16_224, levit_128s, pit_ti_distilled_224, efficientformer_l1, repvit_m0_9'
 _ON_FEATURES = ('decode_head', 'auxiliary_head', 'rpn_head')
 
 
@@ -78,7 +74,7 @@ def _run_head(name: str, head: nn.Module, *inputs: Any) -> Any:
 
 
 def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
-    """The tap that is meant where a path names no module that runs itself: a list of modules, a stage, a token's head.
+    """The tap that is meant: ``head``, ``neck``, ``backbone``, ``logits``, ``stages[i]``, or a path.
 
     Args:
         model: Student or teacher.
@@ -87,74 +83,33 @@ def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
 
     Returns:
         The last stage for the ``decode_head`` of a cascade, which is what predicts; the module of a classifier's
-        ``'stages[i]'``; otherwise the tap itself.
+        ``'stages[i]'``, of other models that output of the backbone; otherwise the tap itself.
 
     Raises:
-        DistillError: It names another list, an output of a list, or what the model does not have.
+        DistillError: It names a list of modules, an output of a list, or what the model does not have.
     """
-    if isinstance(getattr(model, 'logits', None), ClassLogits):
-        tap = _settle_classifier(model, tap, side)
+    task = task_of(model)
+    if task is CLASSIFICATION:
+        return classifier_tap(model, tap, side)
+    if tap.module in ('head', 'logits') and tap.module not in model._modules:
+        if not task.head:
+            raise DistillError(
+                f'{side} {str(tap)!r}: {type(model).__name__} has no head that predicts for every position of the '
+                f"image; tap 'neck' or 'backbone', or one of its modules: {', '.join(map(repr, model._modules))}."
+            )
+        tap = tap.means(task.head, index=tap.index)
+    elif tap.module == 'stages' and 'stages' not in model._modules:
+        if tap.index is None:
+            raise DistillError(f"{side} 'stages': write which one, 'stages[-1]' is the last that the backbone returns.")
+        tap = tap.means('backbone', index=tap.index)
     module = find_module(model, tap.module, side)
     if not isinstance(module, nn.ModuleList) or not len(module):
         return tap
     if tap.module == 'decode_head' and tap.index is None:
-        return replace(tap, module=f'decode_head.{len(module) - 1}')
+        return tap.means(f'decode_head.{len(module) - 1}')
     number = 0 if tap.index is None else min(max(tap.index, 0), len(module) - 1)
     written = '' if tap.index is None else f' instead of {str(tap)!r}'
     raise DistillError(
         f'{side} {tap.module!r} is a list of {len(module)} modules, which does not run itself; write one of them, '
         f"e.g. '{tap.module}.{number}'{written}."
     )
-
-
-def _settle_classifier(model: nn.Module, tap: Tap, side: str) -> Tap:
-    name = getattr(model, 'model_name', type(getattr(model, 'net', model)).__name__)
-    if tap.module == 'dist_logits' and not hasattr(model, 'dist_logits'):
-        if side == 'teacher':
-            raise DistillError(
-                "teacher 'dist_logits': a teacher teaches with what it predicts; write teacher='logits'."
-            )
-        raise DistillError(
-            f"student 'dist_logits': {name} has no distillation token; write student='logits', or take a student that "
-            f'has one, e.g. {EXAMPLES}.'
-        )
-    if tap.module != 'stages':
-        return _check_classifier_tap(model, tap, side, name)
-    paths = stages(model.net)
-    if tap.index is None or not -len(paths) <= tap.index < len(paths):
-        raise DistillError(
-            f'{side} {str(tap)!r}: {name} has {len(paths)} stages; write stages[-1] (the last) to '
-            f'stages[-{len(paths)}].'
-        )
-    return Tap.parse(f'net.{paths[tap.index]}', side)
-
-
-def _check_classifier_tap(model: nn.Module, tap: Tap, side: str, name: str) -> Tap:
-    root, _, rest = tap.module.partition('.')
-    where = f'{side} {str(tap)!r}'
-    if root in ('logits', 'dist_logits'):
-        if tap != Tap(root):
-            raise DistillError(f'{where}: logits are tapped as a whole; write {root!r}.')
-        return tap
-    if root != 'net':
-        layers = [layer for layer, _ in model.net.named_modules() if layer]
-        # What is called a backbone elsewhere has the layers in it.
-        close = [c for path in (tap.module, rest) for c in get_close_matches(path, layers, 1, 0.8)]
-        hint = f'; did you mean {f"net.{close[0]}"!r}?' if close else '.'
-        raise DistillError(
-            f"{where}: the taps of a classifier are 'logits', 'stages[-1]' (the last one of {name}), 'stages[-2]', ... "
-            f"and its layers, 'net.<name>'{hint}"
-        )
-    module = find_module(model, tap.module, side)
-    heads = model.net.get_classifier() if hasattr(model.net, 'get_classifier') else ()
-    for number, head in enumerate(heads if isinstance(heads, (tuple, list)) else (heads,)):
-        if module is head:
-            # As layers, their classes would not be matched by name, nor the token's head recognised.
-            right = 'dist_logits' if number and side == 'student' else 'logits'
-            raise DistillError(f'{where} is what makes the logits; write {right!r}.')
-    if type(module) is nn.Sequential and tap.index is not None:
-        raise DistillError(
-            f'{where}: {tap.module} runs its {len(module)} layers one after the other; write '
-            f"'{tap.module}.{tap.index % len(module)}' for the output of one of them."
-        )
-    return tap

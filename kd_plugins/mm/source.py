@@ -1,4 +1,4 @@
-"""A detector of the MM family as the teacher of another framework's student."""
+"""A model of the MM family as a teacher."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import kd_plugins.mm.heads  # noqa: F401  (registers the head readers)
-from kd_plugins.distiller import find_module
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.mm.configs import load_config, resolve_config
 from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher
-from kd_plugins.predictions import find_reader
-from kd_plugins.teachers import PixelFormat
-
-HEAD = 'bbox_head'
+from kd_plugins.teachers import PixelFormat, find_file
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,21 +29,14 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
         found['config'] = cfg['config'] if '::' in str(cfg['config']) else os.path.abspath(path)
     else:
         load_config(cfg['config'])
-    checkpoint = os.fspath(cfg['checkpoint'])
-    if not checkpoint.startswith(('http://', 'https://')):
-        checkpoint = os.path.abspath(os.path.expanduser(checkpoint))
-        if not os.path.isfile(checkpoint):
-            raise DistillError(f'teacher.checkpoint {os.fspath(cfg["checkpoint"])!r} does not exist.')
-    found['checkpoint'] = checkpoint
+    found['checkpoint'] = find_file(cfg['checkpoint'])
     return found
 
 
 def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
-    """Load a detector whose head can be read.
+    """Load a model of the MM family.
 
     Raises:
-        DistillError: It cannot be loaded, or is not a one-stage detector with a readable head.
+        DistillError: It cannot be loaded.
     """
-    teacher, notes = build_teacher(cfg, student)
-    find_reader(find_module(teacher.model, HEAD, 'teacher'))
-    return teacher, notes
+    return build_teacher(cfg, student)

@@ -13,26 +13,27 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
-from kd_plugins.distiller import find_module, untouched_rng
+from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.errors import DistillError, check_keys, shown
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.forward import run_modules
-from kd_plugins.mm.inputs import TeacherInputs, pixel_format
-from kd_plugins.predictions import ClassLogits, ClassPredictions, readable
+from kd_plugins.mm.forward import run_modules, settle
+from kd_plugins.mm.inputs import TeacherInputs, teacher_format
+from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import (
     FrozenTeacher,
+    Padding,
     PixelFormat,
     Resized,
-    build_source,
-    find_source,
+    check_prefix,
     find_weights,
     load_checkpoint,
     load_strictly,
-    teacher_kind,
+    match_names,
 )
 
-TEACHER_KEYS = ('config', 'checkpoint', 'classes', 'allow_missing', 'allow_unexpected', 'input_size', 'input_scale')
+TEACHER_KEYS = ('config', 'checkpoint', 'checkpoint_prefix', 'classes', 'allow_missing', 'allow_unexpected')
+TEACHER_KEYS += ('input_size', 'input_scale', 'pixel_format')
 #: Pixels: less is one cell of most networks' coarsest map, so nothing that could be taught.
 MIN_SIDE = 32
 #: Where models of the MM family have what predicts.
@@ -52,13 +53,17 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
         DistillError: The mapping is misspelt or the config cannot be built.
     """
     if not isinstance(cfg, Mapping):
-        raise DistillError(f"teacher must be dict(config='...', checkpoint='...'), got {cfg!r}.")
+        hint = '; a classifier of your own is dict(module=...)' if isinstance(cfg, nn.Module) else ''
+        raise DistillError(f"teacher must be dict(config='...', checkpoint='...'), got {shown(cfg)}{hint}.")
     check_keys(cfg, TEACHER_KEYS, 'teacher')
     if not cfg.get('config'):
         raise DistillError("teacher needs 'config': the config file the teacher was trained with.")
     config = load_config(cfg['config'])
     # Heads write into the config they are built from.
     model_cfg = without_pretrained(plain_model(copy.deepcopy(config.model)))
+    if config.get('data_preprocessor'):
+        # As the Runner does.
+        model_cfg.setdefault('data_preprocessor', copy.deepcopy(config.data_preprocessor))
     name = config_name(cfg)
     with untouched_rng(), MODELS.switch_scope_and_registry(config.get('default_scope', 'mmengine')) as registry:
         try:
@@ -70,13 +75,15 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> tuple[Teacher, list[str]]:
+def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
     """Build and completely load a teacher.
 
     Args:
-        cfg: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=(), input_size=None,
-            input_scale=None)``, or the ``teacher`` of another framework, e.g. ``dict(ultralytics='x.pt')``.
+        cfg: ``dict(config=, checkpoint=, checkpoint_prefix=None, classes=None, allow_missing=(), allow_unexpected=(),
+            input_size=None, input_scale=None, pixel_format=None)``, or the ``teacher`` of another framework, e.g.
+            ``dict(ultralytics='x.pt')``.
         student: The student, whose ``data_preprocessor`` says how its inputs are normalised; or the format itself.
+        pixels: The format of the student's batches, where it is known better.
 
     Returns:
         The teacher and notes for the summary.
@@ -84,65 +91,79 @@ def build_teacher(cfg: Mapping[str, Any], student: nn.Module | PixelFormat) -> t
     Raises:
         DistillError: Something is missing, misspelt, damaged or does not fit.
     """
-    known = student if isinstance(student, PixelFormat) else pixel_format(getattr(student, 'data_preprocessor', None))
-    if teacher_kind(cfg) not in (None, 'config'):
-        kind = (
-            'classifier' if is_classifier(student) else 'segmentor' if hasattr(student, 'decode_head') else 'detector'
-        )
-        return build_foreign(cfg, known, kind)
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
     model, config = build_architecture(cfg)
-    source = os.fspath(cfg['checkpoint'])
-    weights, meta = find_weights(load_checkpoint(source), source)
     with untouched_rng():
-        report = load_strictly(model, weights, source, _names(cfg, 'allow_missing'), _names(cfg, 'allow_unexpected'))
-    notes = []
-    if report.missing:
-        notes.append(f'{len(report.missing)} teacher keys missing as allowed: {", ".join(report.missing[:3])}')
-    if report.unexpected:
-        notes.append(f'{len(report.unexpected)} keys of the file unused as allowed: {", ".join(report.unexpected[:3])}')
-    inputs = teacher_inputs(cfg, known, model, own_size(student))
+        meta, notes = load_model(model, cfg)
+    theirs, channels = teacher_format(model, config, student, cfg.get('pixel_format'))
+    inputs = teacher_inputs(cfg, student, theirs, own_size(model), channels)
     teacher = FrozenTeacher(
         model,
         run_modules,
         inputs,
         name=config_name(cfg),
-        checkpoint=source,
+        checkpoint=os.fspath(cfg['checkpoint']),
         normalization=inputs.description,
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
-        head=next((n for n in HEADS if hasattr(model, n)), ''),
+        head=task_of(model).head,
+        resolve=settle,
         kind='config',
+        channels=channels,
+        padding=teacher_padding(student, theirs, inputs),
     )
     return teacher, notes
 
 
-def build_untrained(cfg: Mapping[str, Any], student: nn.Module) -> Teacher:
-    """A teacher for the shapes of its outputs; of the MM family with random weights."""
-    if teacher_kind(cfg) not in (None, 'config'):
-        return build_teacher(cfg, student)[0]
-    model, _ = build_architecture(cfg)
-    inputs = teacher_inputs(cfg, getattr(student, 'data_preprocessor', None), model, own_size(student))
-    return FrozenTeacher(model, run_modules, inputs, name=config_name(cfg), num_classes=num_classes(model))
+def load_model(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Load the weights of a built teacher completely.
+
+    Args:
+        model: The model.
+        cfg: The ``teacher`` mapping.
+
+    Returns:
+        What else the file says (``meta``), and notes for the summary.
+
+    Raises:
+        DistillError: The file is missing or damaged, or does not fit.
+    """
+    prefix, allowed = cfg.get('checkpoint_prefix'), _names(cfg, 'allow_unexpected')
+    check_prefix(prefix)
+    content = load_checkpoint(cfg['checkpoint'])
+    source = os.fspath(cfg['checkpoint'])
+    # A classifier's checkpoints are those of the network in it.
+    net = getattr(model, 'weights_of', model)
+    weights = match_names(net, find_weights(content, source, prefix=prefix), source, ignore=allowed)
+    report = load_strictly(net, weights.state, source, _names(cfg, 'allow_missing'), allowed)
+    return weights.meta, [*weights.notes, *report.notes()]
 
 
 def teacher_inputs(
-    cfg: Mapping[str, Any], student: Any, model: nn.Module, size_of_student: tuple[int, int] | None = None
+    cfg: Mapping[str, Any],
+    student: PixelFormat,
+    teacher: PixelFormat,
+    own: tuple[int, int] | None = None,
+    channels: int | None = None,
 ) -> TeacherInputs | Resized:
     """What turns the student's batch into the teacher's: another normalisation, and another resolution if asked for.
 
-    Classifiers say what size they were made for.
+    Args:
+        cfg: The ``teacher`` mapping.
+        student: What the student is given.
+        teacher: What the teacher was given.
+        own: The size that the teacher was made for, where it was made for one.
+        channels: How many the teacher takes, None when unknown.
 
     Raises:
         DistillError: ``input_size`` or ``input_scale`` is no size or factor, or both are given.
     """
-    inputs = TeacherInputs(student, getattr(model, 'data_preprocessor', None))
+    inputs = TeacherInputs(student, teacher, channels)
     size, scale = cfg.get('input_size'), cfg.get('input_scale')
     if size is None and scale is None:
-        own = own_size(model)
-        return inputs if own in (None, size_of_student) else Resized(inputs, own, 'bicubic')
+        return inputs if own in (None, student.size) else Resized(inputs, own, 'bicubic')
     if size is not None and scale is not None:
         raise DistillError('teacher.input_size and teacher.input_scale exclude each other; give one.')
     if scale is not None:
@@ -162,24 +183,10 @@ def teacher_inputs(
     return Resized(inputs, (sides[0], sides[1]))
 
 
-def build_foreign(cfg: Mapping[str, Any], student: PixelFormat, kind: str = 'detector') -> tuple[Teacher, list[str]]:
-    """A teacher of another framework: a detector whose head answers to ``bbox_head`` like one here, or a classifier.
-
-    Args:
-        cfg: The ``teacher`` mapping.
-        student: The format of the student's batches.
-        kind: What the student is: ``'detector'``, ``'segmentor'`` or ``'classifier'``.
-
-    Raises:
-        DistillError: The teacher cannot be loaded, or is of another kind.
-    """
-    teacher, notes = build_source(find_source(cfg), student)
-    found = (
-        'classifier' if readable(find_module(teacher.model, teacher.head, 'teacher'), ClassPredictions) else 'detector'
-    )
-    if 'classifier' in (found, kind) and found != kind:
-        raise DistillError(f'The teacher {teacher.name} is a {found}, but the student a {kind}; take a {kind}.')
-    return teacher, notes
+def teacher_padding(student: PixelFormat, teacher: PixelFormat, inputs: TeacherInputs | Resized) -> Padding | None:
+    """What pads the teacher's batch to the multiples that it was trained on, where the student's need not be any."""
+    fits = student.divisor % teacher.divisor == 0 and not isinstance(inputs, Resized)
+    return None if fits else Padding(teacher.divisor, teacher.pad)
 
 
 def config_name(cfg: Mapping[str, Any]) -> str:
@@ -223,13 +230,8 @@ def teacher_classes(
 
 
 def own_size(model: Any) -> tuple[int, int] | None:
-    """``(height, width)`` of all images that a classifier is given; None: batches have any size."""
-    return getattr(getattr(model, 'data_preprocessor', None), 'size', None) if is_classifier(model) else None
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether a model predicts classes of whole images, through a `ClassLogits`."""
-    return isinstance(getattr(model, 'logits', None), ClassLogits)
+    """``(height, width)`` of all images that a model is given; None: batches have any size."""
+    return task_of(model).size(model)
 
 
 def num_classes(model: nn.Module) -> int | None:

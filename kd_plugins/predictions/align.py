@@ -112,7 +112,7 @@ def match_classes(
     if not pairs:
         raise DistillError(
             f'Student and teacher have no class in common: the student has {_some(student_names)}, the teacher '
-            f'{_some(teacher_names)}. Write classes=[...] in teacher if only the names differ.'
+            f'{_some(teacher_names)}.'
         )
     student_index = sorted(pairs)
     return student_index, [pairs[i] for i in student_index]

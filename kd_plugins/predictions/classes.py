@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.losses._common import as_full
+from kd_plugins.losses.base import Declaration
+from kd_plugins.predictions.form import Classes, Form, refuse_activation
 
 ACTIVATIONS = ('softmax', 'sigmoid', 'either')
 
 
 @dataclass(frozen=True)
-class ClassPredictions:
+class ClassPredictions(Form):
     """Raw predictions of a classifier for one batch of images.
 
     Attributes:
@@ -26,6 +29,11 @@ class ClassPredictions:
     Raises:
         DistillError: ``logits`` has another shape, or the activation is unknown.
     """
+
+    name: ClassVar[str] = 'classification'
+    head: ClassVar[str] = 'classification'
+    decoding: ClassVar[tuple[str, ...]] = ('predict',)
+    has_class_logits: ClassVar[bool] = True
 
     logits: Tensor
     activation: str = 'softmax'
@@ -42,13 +50,49 @@ class ClassPredictions:
         """Number of classes."""
         return self.logits.shape[1]
 
-    def replace(self, **changes: object) -> ClassPredictions:
-        """A copy with other values."""
-        return dataclasses.replace(self, **changes)
+    @property
+    def source(self) -> Tensor:
+        return self.logits
 
-    def detach(self) -> ClassPredictions:
-        """A copy without gradients."""
-        return self.replace(logits=self.logits.detach())
+    def describe(self) -> str:
+        return f'{self.num_classes} classes'
+
+    def made_of(self, tensor: Tensor) -> bool:
+        return tensor.shape == self.logits.shape and torch.equal(tensor, self.logits)
+
+    @classmethod
+    def align(
+        cls, student: ClassPredictions, teacher: ClassPredictions, classes: Classes = None
+    ) -> tuple[ClassPredictions, ClassPredictions]:
+        return align_classes(student, teacher, classes)
+
+    @classmethod
+    def needs_labels(cls, classes: Classes) -> bool:
+        # Images of a class that the teacher does not know are left out.
+        return classes is not None
+
+    @classmethod
+    def compare(
+        cls,
+        loss: nn.Module,
+        declared: Declaration,
+        student: ClassPredictions,
+        teacher: ClassPredictions,
+        target: Tensor | None = None,
+        classes: Classes = None,
+    ) -> Tensor:
+        kind = student.activation
+        if declared.activation is not None and kind not in (declared.activation, 'either'):
+            other = 'BinaryKLDivLoss' if kind == 'sigmoid' else 'KLDivLoss'
+            raise refuse_activation(loss, kind, 'this classifier', f"loss=dict(type='{other}')")
+        ours, theirs = as_full(student.logits), as_full(teacher.logits)
+        if classes is not None and kind != 'sigmoid' and target is not None:
+            target, known = map_class_labels(target, classes[0])
+            ours, theirs, target = ours[known], theirs[known], target[known]
+            if not len(ours):
+                # Not one image of this batch is of a class that the teacher knows.
+                return student.logits.sum() * 0
+        return loss(ours, theirs, target) if declared.needs_target else loss(ours, theirs)
 
 
 class ClassLogits(nn.Module):

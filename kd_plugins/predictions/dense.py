@@ -7,20 +7,23 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from kd_plugins.errors import DistillError
+from kd_plugins.losses.base import Declaration
+from kd_plugins.predictions.form import Classes, Form, refuse_activation
 
 ACTIVATIONS = ('sigmoid', 'softmax', 'probability')
-FIELDS = ('cls', 'obj', 'ltrb', 'dist', 'box')  # the prediction tensors, (B, A, ...)
+FIELDS = ('cls', 'obj', 'ltrb', 'dist', 'box', 'coefficients')  # the prediction tensors, (B, A, ...)
 _FLOOR = 1e-6  # probabilities are kept this far from 0 and 1 when they are turned into logits
 
 
 @dataclass(frozen=True)
-class DensePredictions:
+class DensePredictions(Form):
     """Raw predictions of a dense detection head for one batch of images.
 
     Positions are ordered level by level (levels by ascending stride), inside a level row by row, and at one
@@ -45,11 +48,28 @@ class DensePredictions:
         obj_coding: What ``obj`` means: ``'objectness'`` (trained everywhere: is there an object) or ``'centerness'``
             (trained on positives only, arbitrary elsewhere). Both scale the class probabilities; comparing them
             with each other makes no sense.
+        coefficients: ``(B, A, M)`` of the mask prototypes, see `MaskPredictions`, or None.
+        unread: What the head predicts besides, in words.
         absent: Why a field is None, by field name; quoted by :meth:`require`.
 
     Raises:
         DistillError: Shapes do not fit together.
     """
+
+    name: ClassVar[str] = 'predictions'
+    head: ClassVar[str] = 'detection'
+    trains_alone: ClassVar[bool] = True
+    # VFNetHead is an ATSSHead by inheritance only.
+    decoding: ClassVar[tuple[str, ...]] = (
+        'forward',
+        'forward_single',
+        'predict_by_feat',
+        '_predict_by_feat_single',
+        '_bbox_decode',
+        'anchor_center',
+    )
+    has_class_logits: ClassVar[bool] = True
+    unbatched: ClassVar[tuple[str, ...]] = ('points',)
 
     cls: Tensor
     activation: str
@@ -63,7 +83,9 @@ class DensePredictions:
     box_coding: str | None = None
     num_priors: int = 1
     obj_coding: str = 'objectness'
+    coefficients: Tensor | None = None
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -85,7 +107,13 @@ class DensePredictions:
             )
         if tuple(self.points.shape) != (anchors, 2):
             raise DistillError(f'points must be ({anchors}, 2), got {tuple(self.points.shape)}.')
-        for name, last in (('obj', (1,)), ('ltrb', (4,)), ('box', (4,)), ('dist', (4, None))):
+        for name, last in (
+            ('obj', (1,)),
+            ('ltrb', (4,)),
+            ('box', (4,)),
+            ('dist', (4, None)),
+            ('coefficients', (None,)),
+        ):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -112,10 +140,6 @@ class DensePredictions:
         lengths = self.level_lengths
         return torch.cat([self.points.new_full((n, 1), s) for n, s in zip(lengths, self.strides, strict=True)])
 
-    def replace(self, **changes) -> DensePredictions:
-        """A copy with some fields replaced."""
-        return dataclasses.replace(self, **changes)
-
     def map(self, function: Callable[[Tensor], Tensor]) -> DensePredictions:
         """A copy with ``function`` applied to every prediction tensor (points excluded); itself if none changes."""
         tensors = {n: v for n in FIELDS if (v := getattr(self, n)) is not None}
@@ -123,7 +147,7 @@ class DensePredictions:
         return self.replace(**changes) if changes else self
 
     def detach(self) -> DensePredictions:
-        """Cut from the autograd graph."""
+        # Not the points: they have no gradient, and the same tensor tells that they are the same.
         return self.map(lambda tensor: tensor.detach() if tensor.requires_grad else tensor)
 
     def float(self) -> DensePredictions:
@@ -236,6 +260,67 @@ class DensePredictions:
             rest = [i for i in range(total + 1) if i not in set(index)]
             kept = torch.cat([kept, self.cls[..., rest].logsumexp(-1, keepdim=True)], -1)
         return self.replace(cls=kept)
+
+    @property
+    def source(self) -> Tensor:
+        return self.cls
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        return self.unread
+
+    def tensors(self) -> list[Tensor]:
+        return [v for n in ('cls', 'obj', 'ltrb') if (v := getattr(self, n)) is not None]
+
+    def full(self) -> DensePredictions:
+        return self.float()
+
+    def describe(self) -> str:
+        parts = [f'{self.num_classes} classes']
+        parts += [n for n in ('obj', 'box', 'dist') if getattr(self, n) is not None]
+        if self.box is None and self.ltrb is not None:
+            parts.append('ltrb')
+        strides = '/'.join(f'{s:g}' for s in self.strides)
+        return f'{self.cls.shape[1]} positions, strides {strides}, ' + '+'.join(parts)
+
+    def made_of(self, tensor: Tensor) -> bool:
+        if tensor.dim() != 4 or len(tensor) != len(self.cls) or tensor.shape[1] != self.num_priors * self.cls.shape[2]:
+            return False
+        flat = tensor.permute(0, 2, 3, 1).reshape(len(tensor), -1, self.cls.shape[2]).to(self.cls)
+        levels = self.cls.split(self.level_lengths, 1)
+        return any(level.shape == flat.shape and torch.allclose(level, flat, atol=1e-4) for level in levels)
+
+    @classmethod
+    def align(
+        cls, student: DensePredictions, teacher: DensePredictions, classes: Classes = None
+    ) -> tuple[DensePredictions, DensePredictions]:
+        from kd_plugins.predictions.align import align
+
+        return align(student, teacher, classes)
+
+    @classmethod
+    def compare(
+        cls,
+        loss: nn.Module,
+        declared: Declaration,
+        student: DensePredictions,
+        teacher: DensePredictions,
+        target: Tensor | None = None,
+        classes: Classes = None,
+    ) -> Tensor:
+        if declared.consumes == cls.name:
+            return loss(student, teacher)
+        if declared.needs_target:
+            raise DistillError(
+                f'{type(loss).__name__} needs a label per prediction, which the positions of a detector have not; '
+                "write loss=dict(type='BinaryKLDivLoss')."
+            )
+        if declared.activation == 'softmax' and student.activation != 'softmax':
+            raise refuse_activation(loss, student.activation, 'this detector', "loss=dict(type='BinaryKLDivLoss')")
+        if declared.takes_predictions:
+            # It may know what to make of a whole head (its objectness, for one).
+            return loss.from_predictions(student, teacher)
+        return loss(student.class_logits(), teacher.class_logits())
 
 
 # Cached, so that equal points stay the same tensor from one iteration to the next.

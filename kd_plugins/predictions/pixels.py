@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from kd_plugins.errors import DistillError
+from kd_plugins.losses._common import as_full
+from kd_plugins.losses.base import Declaration
+from kd_plugins.predictions.form import Classes, Form, refuse_activation
 
 ACTIVATIONS = ('softmax', 'sigmoid')
 
 
 @dataclass(frozen=True)
-class PixelPredictions:
+class PixelPredictions(Form):
     """Raw predictions of a semantic segmentation head for one batch of images.
 
     Attributes:
@@ -30,6 +33,15 @@ class PixelPredictions:
         DistillError: ``logits`` is no map, or the activation is unknown.
     """
 
+    name: ClassVar[str] = 'segmentation'
+    head: ClassVar[str] = 'segmentation'
+    # Segmentation heads all have a forward of their own, which returns logits.
+    decoding: ClassVar[tuple[str, ...]] = ('predict', 'predict_by_feat')
+    has_class_logits: ClassVar[bool] = True
+    as_maps: ClassVar[bool] = True
+    # mmseg's cascades run a stage again to feed the next one.
+    repeated: ClassVar[bool] = True
+
     logits: Tensor
     activation: str = 'softmax'
     ignore_index: int | None = 255
@@ -40,14 +52,6 @@ class PixelPredictions:
             raise DistillError(f'Class logits of a segmentation head must be (B, C, h, w), got {kind}.')
         if self.activation not in ACTIVATIONS:
             raise DistillError(f'activation must be one of {ACTIVATIONS}, got {self.activation!r}.')
-
-    def replace(self, **changes: object) -> PixelPredictions:
-        """A copy with other values."""
-        return dataclasses.replace(self, **changes)
-
-    def detach(self) -> PixelPredictions:
-        """A copy without gradients."""
-        return self.replace(logits=self.logits.detach())
 
     @property
     def binary(self) -> bool:
@@ -68,6 +72,58 @@ class PixelPredictions:
     def class_logits(self) -> Tensor:
         """``(B, h * w, C)`` logits, one row per pixel."""
         return self.two_classes().logits.flatten(2).transpose(1, 2)
+
+    @property
+    def source(self) -> Tensor:
+        return self.logits
+
+    def describe(self) -> str:
+        return f'{self.num_classes} classes, ' + 'x'.join(map(str, self.logits.shape[1:]))
+
+    def made_of(self, tensor: Tensor) -> bool:
+        return tensor.shape == self.logits.shape and torch.equal(tensor, self.logits)
+
+    def maps(self, other: PixelPredictions) -> tuple[Tensor, Tensor]:
+        ours, theirs = common_grid(self, other)
+        return ours.logits, theirs.logits
+
+    @classmethod
+    def align(
+        cls, student: PixelPredictions, teacher: PixelPredictions, classes: Classes = None
+    ) -> tuple[PixelPredictions, PixelPredictions]:
+        return align_pixels(student, teacher, classes)
+
+    @classmethod
+    def compare(
+        cls,
+        loss: nn.Module,
+        declared: Declaration,
+        student: PixelPredictions,
+        teacher: PixelPredictions,
+        target: Tensor | None = None,
+        classes: Classes = None,
+    ) -> Tensor:
+        name = type(loss).__name__
+        if declared.consumes != cls.name:
+            if declared.needs_target:
+                raise DistillError(f'{name} does not know which pixels to ignore; use PixelwiseKLDivLoss.')
+            kind = 'softmax' if student.binary else student.activation
+            if declared.activation not in (None, kind):
+                advice = f"loss=dict(type='PixelwiseKLDivLoss', sigmoid={kind == 'sigmoid'})"
+                raise refuse_activation(loss, kind, 'these heads', advice)
+            student, teacher = common_grid(student, teacher)
+            return loss(as_full(student.class_logits()), as_full(teacher.class_logits()))
+        if declared.activation not in (None, student.activation) and not student.binary:
+            other = student.activation == 'sigmoid'
+            raise refuse_activation(
+                loss, student.activation, 'these heads', f"loss=dict(type='{name}', sigmoid={other})"
+            )
+        if not declared.needs_target:
+            return loss(student.logits, teacher.logits)
+        if target is not None:
+            ours = None if classes is None else classes[0]
+            target = map_labels(target, ours, (student.ignore_index,), getattr(loss, 'ignore_index', 255))
+        return loss(student.logits, teacher.logits, target)
 
 
 def align_pixels(

@@ -1,7 +1,8 @@
 """Which function reads which head into a canonical form.
 
 Detection heads are read into :class:`DensePredictions`, segmentation heads into :class:`PixelPredictions`, the logits
-of classifiers into :class:`ClassPredictions`. A reader turns what ``head.forward`` returned into the canonical form::
+of classifiers into :class:`ClassPredictions`, or a head into a form of one's own. A reader turns what ``head.forward``
+returned into the form::
 
     from kd_plugins.predictions import DensePredictions, register_reader
 
@@ -18,6 +19,7 @@ Importing the module that holds it is enough (``custom_imports`` in an MMEngine 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,50 +28,22 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions.classes import ClassLogits, ClassPredictions
 from kd_plugins.predictions.dense import DensePredictions
-from kd_plugins.predictions.pixels import PixelPredictions
+from kd_plugins.predictions.form import Form, forms
 
-Predictions = DensePredictions | PixelPredictions | ClassPredictions
-Form = type[DensePredictions] | type[PixelPredictions] | type[ClassPredictions]
-_KINDS: dict[Form, str] = {
-    DensePredictions: 'detection',
-    PixelPredictions: 'segmentation',
-    ClassPredictions: 'classification',
-}
-Reader = Callable[..., Predictions]
+Reader = Callable[..., Form]
 
-# A class that overrides one of these between the head and the class that the reader was written for gives the
-# head's outputs another meaning, so the reader must not be applied (VFNetHead is an ATSSHead by inheritance only).
-DECODING = (
-    'forward',
-    'forward_single',
-    'predict_by_feat',
-    '_predict_by_feat_single',
-    '_bbox_decode',
-    'anchor_center',
-)
-#: The same for segmentation heads, which all have a forward of their own that returns logits.
-PIXEL_DECODING = ('predict', 'predict_by_feat')
-
-#: The same for classifiers.
-CLASS_DECODING = ('predict',)
-_DECODING: dict[Form, tuple[str, ...]] = {
-    DensePredictions: DECODING,
-    PixelPredictions: PIXEL_DECODING,
-    ClassPredictions: CLASS_DECODING,
-}
-
-_readers: dict[Form, dict[str | type, Reader]] = {form: {} for form in _KINDS}
+_readers: dict[type[Form], dict[str | type, Reader]] = {}
 _unreadable: dict[str | type, str] = {}
 
 
-def register_reader(target: str | type, form: Form = DensePredictions) -> Callable[[Reader], Reader]:
+def register_reader(target: str | type, form: type[Form] = DensePredictions) -> Callable[[Reader], Reader]:
     """Decorator: ``function(head, outputs, *, training) -> form`` reads heads of this class.
 
     Args:
         target: The head class, or its name: ``'package.ClassName'`` (any module of that package; nothing needs
             to be imported), or just ``'ClassName'`` for a class of that name wherever it is defined. The
             later registration of the same target wins.
-        form: What the head is read into: `DensePredictions`, `PixelPredictions` or `ClassPredictions`.
+        form: What the head is read into. Default: `DensePredictions`.
 
     Returns:
         The decorator; the function itself is returned unchanged. It gets ``outputs`` exactly as
@@ -82,7 +56,7 @@ def register_reader(target: str | type, form: Form = DensePredictions) -> Callab
         raise DistillError(f'A reader is registered for a head class or its name, not for {target!r}.')
 
     def decorate(function: Reader) -> Reader:
-        _readers[form][target] = function
+        _readers.setdefault(form, {})[target] = function
         return function
 
     return decorate
@@ -98,12 +72,14 @@ def register_unreadable(target: str | type, reason: str) -> None:
     _unreadable[target] = reason
 
 
-def supported_heads(form: Form = DensePredictions) -> tuple[str, ...]:
+def supported_heads(form: type[Form] = DensePredictions) -> tuple[str, ...]:
     """Names of the head classes that have a reader, sorted."""
-    return tuple(sorted({(k if isinstance(k, str) else k.__qualname__).rpartition('.')[2] for k in _readers[form]}))
+    return tuple(
+        sorted({(k if isinstance(k, str) else k.__qualname__).rpartition('.')[2] for k in _readers.get(form, {})})
+    )
 
 
-def find_reader(head: nn.Module, form: Form = DensePredictions) -> Reader:
+def find_reader(head: nn.Module, form: type[Form] = DensePredictions) -> Reader:
     """The reader of a head: that of the nearest class it inherits from which has one.
 
     Args:
@@ -123,25 +99,26 @@ def find_reader(head: nn.Module, form: Form = DensePredictions) -> Reader:
         reason = _lookup(_unreadable, cls)
         if reason is not None:
             raise DistillError(f'Predictions of {name} cannot be read: {reason}')
-        reader = _lookup(_readers[form], cls)
+        reader = _lookup(_readers.get(form, {}), cls)
         if reader is not None:
             if override is None:
                 return reader
             raise _refusal(name, form, f'{override} makes its outputs mean something else than those of {cls.__name__}')
         if override is None:
-            own = [m for m in _DECODING[form] if m in vars(cls)]
+            own = [m for m in form.decoding if m in vars(cls)]
             if own:
                 override = f'{cls.__name__}.{own[0]}'
-    for other, kind in _KINDS.items():
-        if other is not form and any(_lookup(_readers[other], cls) is not None for cls in type(head).__mro__):
+    for other in forms():
+        table = _readers.get(other, {})
+        if other is not form and any(_lookup(table, cls) is not None for cls in type(head).__mro__):
             raise DistillError(
-                f'Predictions of {name} cannot be read: it is a {kind} head, but this loss compares {_KINDS[form]} '
-                f'heads; take a loss for {kind}, or tap features.'
+                f'Predictions of {name} cannot be read: it is a {other.head} head, but this loss compares {form.head} '
+                f'heads; take a loss for {other.head}, or tap features.'
             )
     raise _refusal(name, form)
 
 
-def readable(head: nn.Module, form: Form = DensePredictions) -> bool:
+def readable(head: nn.Module, form: type[Form] = DensePredictions) -> bool:
     """Whether a module is a head that can be read into a form."""
     try:
         find_reader(head, form)
@@ -150,7 +127,21 @@ def readable(head: nn.Module, form: Form = DensePredictions) -> bool:
     return True
 
 
-def read(head: nn.Module, outputs: Any, *, training: bool | None = None, form: Form = DensePredictions) -> Predictions:
+def known_head(head: nn.Module) -> bool:
+    """Whether a module is a head that can be read into any form, or one that is known to have none."""
+    return any(
+        _lookup(table, cls) is not None for cls in type(head).__mro__ for table in (_unreadable, *_readers.values())
+    )
+
+
+def read(
+    head: nn.Module,
+    outputs: Any,
+    *,
+    training: bool | None = None,
+    form: type[Form] = DensePredictions,
+    part: str | None = None,
+) -> Any:
     """Read what ``head.forward`` returned.
 
     Args:
@@ -158,15 +149,23 @@ def read(head: nn.Module, outputs: Any, *, training: bool | None = None, form: F
         outputs: What its ``forward`` returned, unchanged.
         training: Mode of the head during that call. Default: ``head.training`` now.
         form: What it is to be read into.
+        part: Which of several branches of the head, by name; its reader takes it as ``part``.
 
     Returns:
-        The predictions; of a detection head in float32 (float64 stays), still in the autograd graph.
+        The predictions, of class ``form``; of a detection head in float32 (float64 stays), still in the autograd graph.
 
     Raises:
         DistillError: The head has no reader, or is configured in a way that its reader does not support.
     """
     reader = find_reader(head, form)
-    predictions = reader(head, outputs, training=head.training if training is None else training)
+    options: dict[str, Any] = dict(training=head.training if training is None else training)
+    if part is not None:
+        if 'part' not in inspect.signature(reader).parameters:
+            raise DistillError(
+                f'{type(head).__name__} has no branches, so there is no {part!r} in it; tap the whole head.'
+            )
+        options['part'] = part
+    predictions = reader(head, outputs, **options)
     if not isinstance(predictions, form):
         raise DistillError(
             f'The reader of {type(head).__name__} returned {type(predictions).__name__}, not {form.__name__}.'
@@ -186,7 +185,7 @@ def _lookup(table: Mapping[str | type, Any], cls: type) -> Any:
     return None
 
 
-def _refusal(name: str, form: Form, because: str = '') -> DistillError:
+def _refusal(name: str, form: type[Form], because: str = '') -> DistillError:
     supported = ', '.join(supported_heads(form)) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
     own = repr(name) if form is DensePredictions else f'{name!r}, form={form.__name__}'
     reason = f' ({because})' if because else ''

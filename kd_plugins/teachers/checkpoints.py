@@ -7,18 +7,22 @@ unpickles tensors and plain containers and replaces every other object by an ine
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import io
 import os
 import pickle
+import re
 import types
+import urllib.parse
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kd_plugins.errors import DistillError, nearest
+from kd_plugins.errors import DistillError, in_words, nearest, shown
 
 _SAFE = {
     ('collections', 'OrderedDict'),
@@ -42,6 +46,10 @@ _SAFE = {
 
 #: Files that are suggested where one is missing.
 SUFFIXES = ('.pth', '.pt', '.safetensors')
+#: Where a file's weights are, the averaged ones first: the order of timm's own loader.
+ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+#: Ends of the names of published weights: part of a hash of the file.
+_HASHED = re.compile(r'-[0-9a-f]{8,}\.')
 
 
 class _Placeholder(dict):
@@ -74,17 +82,72 @@ class _Unpickler(pickle.Unpickler):
 
 def _pickle_module() -> types.ModuleType:
     module = types.ModuleType('kd_plugins_inert_pickle')
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-    module.loads = lambda data, **kwargs: _Unpickler(io.BytesIO(data), **kwargs).load()
+    vars(module).update(
+        Unpickler=_Unpickler,
+        load=lambda file, **kwargs: _Unpickler(file, **kwargs).load(),
+        loads=lambda data, **kwargs: _Unpickler(io.BytesIO(data), **kwargs).load(),
+    )
     return module
 
 
-def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, Any]:
+class Weights(NamedTuple):
+    """Weights out of a file.
+
+    Attributes:
+        state: By name; with the versions of the modules (``_metadata``) where the file has them.
+        meta: What else the file says of the model, e.g. class names; empty when there is nothing.
+        notes: For the summary: which part of the file this is, when there was a choice.
+        chosen: Whether the user said which part.
+    """
+
+    state: OrderedDict[str, Tensor]
+    meta: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    chosen: bool = False
+
+
+def find_file(path: Any, where: str = 'teacher.checkpoint') -> str:
+    """The absolute path of a file that exists, or the internet address that a spelling means; nothing is downloaded.
+
+    Args:
+        path: A path (``~`` is the home folder), an ``http(s)`` address, or an address of MMEngine
+            (``open-mmlab://...``, ``torchvision://...``).
+        where: The option it came from, for error messages.
+
+    Raises:
+        DistillError: It does not exist, names beside it are suggested; or no such address is known.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        hint = '; save the weights: torch.save(model.state_dict(), path)' if isinstance(path, (nn.Module, dict)) else ''
+        raise DistillError(f'{where} must be the path of a file, got {shown(path)}{hint}.')
+    text = os.path.expanduser(os.fspath(path))
+    if text.startswith(('http://', 'https://')):
+        return text
+    if '://' in text:
+        try:
+            # By name: nothing here may need a framework.
+            schemes = importlib.import_module('kd_plugins.mm.schemes')
+        except ImportError as error:
+            raise DistillError(f"{where} {text!r} needs 'mmengine', which is not installed; give a file.") from error
+        return schemes.resolve(text, where)
+    if os.path.isfile(text):
+        return os.path.abspath(text)
+    suffixes = {*SUFFIXES, os.path.splitext(text)[1] or SUFFIXES[0]}
+    folder = text if os.path.isdir(text) else os.path.dirname(text) or '.'
+    files = [f for f in os.listdir(folder) if f.endswith(tuple(suffixes))] if os.path.isdir(folder) else []
+    if os.path.isdir(text):
+        held = ', '.join(sorted(files)[:5]) or 'none'
+        raise DistillError(f'{where} {text!r} is a folder, not a file; it holds {held}.')
+    if not os.path.isdir(folder):
+        raise DistillError(f'{where} {text!r} does not exist; the folder {folder!r} does not exist either.')
+    raise DistillError(f'{where} {text!r} does not exist; in {folder!r}: {nearest(os.path.basename(text), files)}')
+
+
+def load_checkpoint(path: Any, where: str = 'teacher.checkpoint') -> Any:
     """Read a checkpoint file on the CPU: one of torch, or ``.safetensors`` as model hubs have them.
 
     Args:
-        path: A local file, or an ``http(s)`` address, which is downloaded once into torch's hub folder.
+        path: See `find_file`; an internet address is downloaded once into torch's hub folder.
         where: The option it came from, for error messages.
 
     Returns:
@@ -93,25 +156,9 @@ def load_checkpoint(path: str, where: str = 'teacher.checkpoint') -> dict[str, A
     Raises:
         DistillError: The file is missing, truncated, or not a checkpoint.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise DistillError(f'{where} must be the path of a checkpoint file, got {path!r}.')
-    path = os.fspath(path)
+    path = find_file(path, where)
     if path.startswith(('http://', 'https://')):
         path = _download(path, where)
-    path = os.path.expanduser(path)
-    if os.path.isdir(path):
-        files = [f for f in os.listdir(path) if f.endswith(SUFFIXES)]
-        raise DistillError(
-            f'{where} {path!r} is a folder, not a file; it holds {", ".join(sorted(files)[:5]) or "none"}.'
-        )
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        if os.path.isdir(folder):
-            files = [f for f in os.listdir(folder) if f.endswith(SUFFIXES)]
-            hint = f'in {folder!r}: {nearest(os.path.basename(path), files)}'
-        else:
-            hint = f'the folder {folder!r} does not exist either.'
-        raise DistillError(f'{where} {path!r} does not exist; {hint}')
     if path.endswith('.safetensors'):
         return _load_safetensors(path, where)
     try:
@@ -144,62 +191,141 @@ def _load_safetensors(path: str, where: str) -> dict[str, Tensor]:
 
 
 def _download(url: str, where: str) -> str:
+    name = os.path.basename(urllib.parse.urlsplit(url).path) or 'weights'
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    target = os.path.join(folder, os.path.basename(url.split('?')[0]))
+    if not _HASHED.search(name):
+        # `pytorch_model.bin` and `best.pth` are the names of many files. Published ones say whose they are.
+        folder = os.path.join(folder, 'kd_plugins', hashlib.sha256(url.encode()).hexdigest()[:16])
+    target = os.path.join(folder, name)
     if not os.path.exists(target):
         os.makedirs(folder, exist_ok=True)
         try:
             # Written under a temporary name and renamed, so an interrupted download is not taken for a file.
             torch.hub.download_url_to_file(url, target)
         except Exception as error:
-            raise DistillError(f'{where} {url!r} could not be downloaded ({error}); give a local file.') from error
+            raise DistillError(
+                f'{where} {url!r} could not be downloaded ({in_words(error)}); give a local file.'
+            ) from error
     return target
 
 
-def find_weights(checkpoint: Any, source: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def find_weights(checkpoint: Any, source: str, where: str = 'teacher.checkpoint', prefix: str | None = None) -> Weights:
     """The weights and the metadata in a checkpoint.
 
-    Understands ``{'state_dict': ...}`` (MMEngine; after EMA training this entry holds the averaged weights),
-    ``{'model': ...}`` and a bare state dict; strips the ``module.`` prefix of DataParallel, and the second set of
-    weights that EMA training in mmdet 2 left in the state dict (``ema_backbone_stem_...``: the raw ones, while the
-    model's own names hold the averaged ones).
+    Of several sets of weights in a file the averaged ones are taken, in timm's own order: ``state_dict_ema``,
+    ``model_ema``, ``state_dict``, ``model``. In MMEngine's files ``state_dict`` *is* the average, because `EMAHook`
+    exchanges it for the trained weights, which it saves as ``ema_state_dict``. Of a file with none of these entries
+    everything is taken, entries being the beginnings of names (``net.conv1.weight``), see `match_names`. The second set
+    of weights that EMA training in mmdet 2 left in the state dict is left out (``ema_backbone_stem_...``: the raw ones,
+    while the model's own names hold the averaged ones).
 
     Args:
         checkpoint: What :func:`load_checkpoint` returned.
         source: Its path, for the error message.
-
-    Returns:
-        The state dict and the ``meta`` mapping (empty when there is none).
+        where: The option that it came from, for the error message.
+        prefix: What the names of the wanted part begin with, entries of the file included; None: not said.
 
     Raises:
-        DistillError: There are no weights in it.
+        DistillError: There are no weights in it, or none under these names.
     """
-    state = checkpoint
-    meta: Any = {}
-    if isinstance(checkpoint, Mapping):
-        meta = checkpoint.get('meta', {})
-        for key in ('state_dict', 'model'):
-            if isinstance(checkpoint.get(key), Mapping):
-                state = checkpoint[key]
-                break
-    weights = (
-        OrderedDict((k, v) for k, v in state.items() if isinstance(v, Tensor)) if isinstance(state, Mapping) else {}
-    )
-    if not weights and isinstance(checkpoint, Mapping) and {'model', 'date', 'version'} <= set(checkpoint):
+    sets = _sets(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if not sets:
+        raise _holds_none(checkpoint, source, where)
+    meta = checkpoint.get('meta')
+    entry = next((name for name in ENTRIES if name in sets), None)
+    state, notes = _joined(sets) if entry is None else _joined({'': sets[entry]}), ()
+    if prefix is not None:
+        found = cut(state, prefix) or cut(_joined(sets), prefix)
+        if not found:
+            starts = {*(k.partition('.')[0] + '.' for k in state if '.' in k), *(f'{name}.' for name in sets if name)}
+            raise DistillError(
+                f'{where}_prefix={prefix!r}: no name in {source!r} begins with it; {nearest(prefix, starts)}'
+            )
+        state = found
+    elif entry is not None:
+        others = [n for n, other in sets.items() if n != entry and 2 * len(other) >= len(sets[entry])]
+        notes = (_which(entry, others, checkpoint),) if others else ()
+    copies = {'ema_' + k.replace('.', '_') for k in state}
+    for key in [k for k in state if k in copies]:
+        del state[key]
+    return Weights(state, meta if isinstance(meta, Mapping) else {}, notes, prefix is not None)
+
+
+def check_prefix(prefix: Any, where: str = 'teacher.checkpoint') -> None:
+    """Refuse what is no beginning of names; None is.
+
+    Raises:
+        DistillError: It is no text.
+    """
+    if prefix is not None and not isinstance(prefix, str):
         raise DistillError(
-            f'Checkpoint {source!r} is a model of Ultralytics, whose weights belong to its own networks; as a teacher '
+            f"{where}_prefix must be what names in the file begin with, e.g. 'teacher.', got {shown(prefix)}."
+        )
+
+
+def _which(entry: str, others: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
+    names = ', '.join(map(repr, others[:3]))
+    if entry == 'state_dict' and others == ['ema_state_dict'] and 'message_hub' in checkpoint:
+        return f'weights are the averaged ones: {entry!r} of a file of MMEngine, whose others are in {names}'
+    return f'weights are {entry!r} of the file, not {names}'
+
+
+def _sets(content: Mapping[str, Any], path: str = '') -> dict[str, Mapping[str, Any]]:
+    """Mappings of names to tensors by the entry that they are in; '' is the file itself."""
+    found = {path: content} if any(isinstance(v, Tensor) for v in content.values()) else {}
+    for key, value in content.items():
+        # An optimizer's state has numbers for names.
+        if isinstance(key, str) and isinstance(value, Mapping) and path.count('.') < 3:
+            found.update(_sets(value, f'{path}.{key}' if path else key))
+    return found
+
+
+def _joined(sets: Mapping[str, Mapping[str, Any]]) -> OrderedDict[str, Tensor]:
+    """One state dict of several, under names that begin with theirs; what modules say of their versions is kept."""
+    state, versions = OrderedDict(), OrderedDict()
+    for entry, held in sets.items():
+        start = f'{entry}.' if entry else ''
+        state.update((start + k, v) for k, v in held.items() if isinstance(k, str) and isinstance(v, Tensor))
+        known = getattr(held, '_metadata', None)
+        if isinstance(known, Mapping):
+            versions.update((f'{start}{k}.'.strip('.'), v) for k, v in known.items() if isinstance(v, Mapping))
+    if versions:
+        state._metadata = versions
+    return state
+
+
+def cut(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
+    """The part of a state dict whose names begin with a prefix, without it."""
+    found = OrderedDict((k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix))
+    versions = getattr(state, '_metadata', None)
+    if versions is not None:
+        # Its keys are modules, without a dot at the end; the whole model is ''.
+        found._metadata = OrderedDict(
+            (f'{k}.'[len(prefix) :].removesuffix('.'), v)
+            for k, v in versions.items()
+            if not prefix or f'{k}.'.startswith(prefix)
+        )
+    return found
+
+
+def _holds_none(checkpoint: Any, source: str, where: str) -> DistillError:
+    entries = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if {'model', 'date', 'version'} <= set(entries):
+        return DistillError(
+            f'{where} {source!r} is a model of Ultralytics, whose weights belong to its own networks; as a teacher '
             "write dict(ultralytics='<name>.pt') for it."
         )
-    if not weights and (isinstance(checkpoint, _Placeholder) or not isinstance(checkpoint, Mapping)):
-        raise DistillError(
-            f'Checkpoint {source!r} holds no weights but a pickled object, which is not loaded because it could run '
-            'any code; save weights alone: torch.save(model.state_dict(), path).'
+    if isinstance(checkpoint, torch.jit.ScriptModule):
+        return DistillError(
+            f'{where} {source!r} is an exported network (TorchScript), not weights alone; a classifier is a teacher as '
+            'dict(exported=...).'
         )
-    if not weights:
-        held = ', '.join(repr(k) for k in list(checkpoint)[:8])
-        raise DistillError(f'Checkpoint {source!r} holds no weights; expected a "state_dict" entry, found {held}.')
-    if all(k.startswith('module.') for k in weights):
-        weights = OrderedDict((k[len('module.') :], v) for k, v in weights.items())
-    copies = {'ema_' + k.replace('.', '_') for k in weights}
-    weights = OrderedDict((k, v) for k, v in weights.items() if k not in copies)
-    return weights, meta if isinstance(meta, Mapping) else {}
+    pickled = next((k for k in ENTRIES if isinstance(entries.get(k), _Placeholder)), None)
+    if pickled or isinstance(checkpoint, _Placeholder) or not isinstance(checkpoint, Mapping):
+        entry = f' (its entry {pickled!r})' if pickled else ''
+        return DistillError(
+            f'{where} {source!r} holds no weights but a pickled object{entry}, which is not loaded because it could '
+            'run any code; save weights alone: torch.save(model.state_dict(), path).'
+        )
+    held = ', '.join(repr(k) for k in list(entries)[:8]) or 'nothing'
+    return DistillError(f'{where} {source!r} holds no weights; expected a "state_dict" entry, found {held}.')

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError, check_keys, in_words, nearest
+from kd_plugins.errors import DistillError, check_keys, in_words
 from kd_plugins.teachers import (
     FrozenTeacher,
     PixelFormat,
     Renormalize,
     Resized,
+    check_prefix,
+    find_file,
     find_weights,
     load_checkpoint,
     load_strictly,
+    match_names,
 )
+from kd_plugins.teachers.names import Convert
 from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, image_size, per_channel, whole_number
+from kd_plugins.teachers.taps import classifier_tap
 
 #: Options of every classifier as a teacher, see `find_options`.
-OPTIONS = ('checkpoint', 'num_classes', 'classes', 'input_size', 'mean', 'std', 'in_chans', 'multi_label')
+OPTIONS = ('checkpoint', 'checkpoint_prefix', 'num_classes', 'classes', 'input_size', 'mean', 'std', 'in_chans')
+OPTIONS += ('multi_label',)
 
 
 def find_options(cfg: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """Check the options that all classifiers share; files get absolute paths.
 
     - ``checkpoint``: its weights, which are loaded completely or refused;
+    - ``checkpoint_prefix``: what the names of its weights begin with in a file of several models, e.g. ``'teacher.'``;
     - ``num_classes``: how many classes it predicts. Default: as many as the checkpoint's classifier has;
     - ``classes``: their names, in order;
     - ``input_size``: pixels or ``(height, width)`` that it is given, whatever the student sees;
@@ -65,30 +71,11 @@ def find_options(cfg: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
             _check_count(classes, cfg['num_classes'])
     if not isinstance(cfg.get('multi_label', False), bool):
         raise DistillError(f'teacher.multi_label must be True or False, got {cfg["multi_label"]!r}.')
+    check_prefix(cfg.get('checkpoint_prefix'))
     found = dict(cfg)
     if cfg.get('checkpoint'):
         found['checkpoint'] = find_file(cfg['checkpoint'], 'teacher.checkpoint')
     return found
-
-
-def find_file(path: Any, where: str) -> str:
-    """The absolute path of a file that exists; internet addresses stay.
-
-    Raises:
-        DistillError: It does not exist; names beside it are suggested.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise DistillError(f'{where} must be the path of a file, got {path!r}.')
-    text = os.path.expanduser(os.fspath(path))
-    if text.startswith(('http://', 'https://')):
-        return text
-    if not os.path.isfile(text):
-        folder = os.path.dirname(text) or '.'
-        ending = os.path.splitext(text)[1]
-        files = [f for f in os.listdir(folder) if f.endswith(ending)] if os.path.isdir(folder) else []
-        hint = f'; in {folder!r}: {nearest(os.path.basename(text), files)}' if files else '.'
-        raise DistillError(f'{where} {os.fspath(path)!r} does not exist{hint}')
-    return os.path.abspath(text)
 
 
 def wanted_classes(cfg: Mapping[str, Any]) -> int | None:
@@ -108,9 +95,25 @@ def activation(cfg: Mapping[str, Any]) -> str:
     return 'sigmoid' if cfg.get('multi_label') else 'softmax'
 
 
+class Loaded(NamedTuple):
+    """A network with its weights.
+
+    Attributes:
+        net: The network.
+        number: Of classes that it was made for; None: as many as it has of itself.
+        classes: Names that the file knows (MMEngine's do), or None.
+        notes: For the summary: what of the file was taken.
+    """
+
+    net: nn.Module
+    number: int | None = None
+    classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
 def load_weights(
-    create: Callable[[int | None], nn.Module], cfg: Mapping[str, Any], kind: str
-) -> tuple[nn.Module, int | None, tuple[str, ...] | None]:
+    create: Callable[[int | None], nn.Module], cfg: Mapping[str, Any], kind: str, convert: Convert | None = None
+) -> Loaded:
     """Create a network and load ``checkpoint`` completely.
 
     Args:
@@ -118,24 +121,23 @@ def load_weights(
             no number, it is the file's.
         cfg: The checked options.
         kind: Key of the ``teacher`` mapping, for the message.
-
-    Returns:
-        The network, the number that it was made for, and the class names that the file knows (MMEngine's do) or None.
+        convert: See `match_names`.
 
     Raises:
         DistillError: Weights are missing, unexpected or of another shape.
     """
     source = cfg['checkpoint']
-    weights, meta = find_weights(load_checkpoint(source), source)
+    weights = find_weights(load_checkpoint(source), source, prefix=cfg.get('checkpoint_prefix'))
     number = wanted_classes(cfg)
     net = create(number)
-    if number is None and (number := _stored_classes(net, weights)) is not None:
+    weights = match_names(net, weights, source, convert=convert)
+    if number is None and (number := _stored_classes(net, weights.state)) is not None:
         net = create(number)
-    load_strictly(net, weights, source, architecture=f'teacher.{kind}')
-    data = meta.get('dataset_meta')
+    report = load_strictly(net, weights.state, source, architecture=f'teacher.{kind}')
+    data = weights.meta.get('dataset_meta')
     names = data.get('classes') if isinstance(data, Mapping) else None
     usable = isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
-    return net, number, tuple(names) if usable else None
+    return Loaded(net, number, tuple(names) if usable else None, (*weights.notes, *report.notes()))
 
 
 def _stored_classes(net: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
@@ -230,6 +232,7 @@ def as_teacher(
         classes=classes,
         num_classes=number,
         head='logits',
+        resolve=classifier_tap,
         kind=kind,
         channels=channels,
     )

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, in_words
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers import PixelFormat, find_file, register_teacher
 from kd_plugins.teachers.classifier import (
     activation,
     as_teacher,
     count_classes,
-    find_file,
     find_options,
     wanted_classes,
 )
 from kd_plugins.teachers.network import ClassifierNetwork, data_config, image_size
 
 KEYS = ('exported', 'trusted')
+
+register_teacher('exported', __name__, "dict(exported='x.pt2')")
 _NO_LIMIT = 1 << 31
 
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError, nearest
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.errors import DistillError, nearest, shown
+from kd_plugins.teachers import PixelFormat, register_teacher
 from kd_plugins.teachers.classifier import (
+    Loaded,
     activation,
     as_teacher,
     channels_of,
@@ -25,6 +26,8 @@ from kd_plugins.teachers.classifier import (
 from kd_plugins.teachers.network import ClassifierNetwork, data_config, image_size
 
 KEYS = ('module', 'options')
+
+register_teacher('module', __name__, "dict(module='my_pkg.my_module:factory', checkpoint='x.pth')")
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,12 +65,11 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
     Raises:
         DistillError: It cannot be made, returns no logits, or the checkpoint does not fit.
     """
-    made, stored = resolve(cfg['module']), None
+    made = resolve(cfg['module'])
     with untouched_rng():
         # A copy: the teacher is frozen for good, and a network that was handed over may be used elsewhere.
         net = copy.deepcopy(made) if isinstance(made, nn.Module) else _call(made, cfg)
-        if cfg.get('checkpoint'):
-            stored = load_weights(lambda _: net, cfg, 'module')[2]
+        loaded = load_weights(lambda _: net, cfg, 'module') if cfg.get('checkpoint') else Loaded(net)
     size = image_size(cfg.get('input_size'), 'teacher.input_size')
     data = data_config(net)
     classifier = ClassifierNetwork(net, wanted_classes(cfg), activation(cfg))
@@ -83,9 +85,9 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         source=cfg.get('checkpoint') or 'as it was given',
         data=data,
         size=size,
-        stored=stored,
+        stored=loaded.classes,
     )
-    return teacher, []
+    return teacher, list(loaded.notes)
 
 
 def resolve(module: Any) -> nn.Module | Callable[..., Any]:
@@ -98,7 +100,7 @@ def resolve(module: Any) -> nn.Module | Callable[..., Any]:
     if not isinstance(found, nn.Module) and not callable(found):
         raise DistillError(
             f"teacher.module must be 'package.module:factory', a function or class that makes a network, or a network, "
-            f'got {module!r}' + (f', which is of type {type(found).__name__}.' if isinstance(module, str) else '.')
+            f'got {shown(module)}' + (f', which is of type {type(found).__name__}.' if isinstance(module, str) else '.')
         )
     return found
 

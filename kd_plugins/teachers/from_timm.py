@@ -10,8 +10,9 @@ from torch import nn
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.teachers import PixelFormat, register_teacher
 from kd_plugins.teachers.classifier import (
+    Loaded,
     activation,
     as_teacher,
     channels_of,
@@ -19,24 +20,34 @@ from kd_plugins.teachers.classifier import (
     load_weights,
     wanted_classes,
 )
-from kd_plugins.teachers.network import ClassifierNetwork, check_name, create_network, data_config
+from kd_plugins.teachers.network import (
+    ClassifierNetwork,
+    absolute_name,
+    check_name,
+    create_network,
+    data_config,
+    timm_names,
+)
 
 KEYS = ('timm', 'pretrained', 'options')
+
+register_teacher('timm', __name__, "dict(timm='resnet50', checkpoint='x.pth')")
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Check name, options and checkpoint; the file gets an absolute path.
 
     ``teacher=dict(timm='regnety_160', checkpoint='x.pth')``, where ``pretrained=True`` in place of the file takes
-    timm's own weights from the internet, ``options`` holds more of what ``timm.create_model`` takes, and the others
-    are those of `find_options`. Without ``input_size`` it sees the resolution of timm's ``pretrained_cfg``, e.g. 384
-    for a model that was trained at 384; a transformer is built for ``input_size``.
+    timm's own weights from the internet (of ``timm='local-dir:folder'``, those in the folder), ``options`` holds more
+    of what ``timm.create_model`` takes, and the others are those of `find_options`. Without ``input_size`` it sees the
+    resolution of timm's ``pretrained_cfg``, e.g. 384 for a model that was trained at 384; a transformer is built for
+    ``input_size``.
 
     Raises:
         DistillError: timm has no such model, a key is misspelt, or the file is missing.
     """
     check_name(cfg['timm'], 'teacher.timm')
-    found = find_options(cfg, KEYS)
+    found = {**find_options(cfg, KEYS), 'timm': absolute_name(cfg['timm'])}
     pretrained = cfg.get('pretrained', False)
     if not isinstance(pretrained, bool):
         raise DistillError(f'teacher.pretrained must be True or False, got {pretrained!r}.')
@@ -71,9 +82,10 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
 
     with untouched_rng():
         if pretrained:
-            net, stored = create(wanted_classes(cfg)), None
+            loaded = Loaded(create(wanted_classes(cfg)))
         else:
-            net, _, stored = load_weights(create, cfg, 'timm')
+            loaded = load_weights(create, cfg, 'timm', timm_names)
+    net = loaded.net
     known = (getattr(net, 'pretrained_cfg', None) or {}).get('num_classes')
     if pretrained and known is not None and known != net.num_classes:
         raise DistillError(
@@ -90,6 +102,6 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         source=f'{name}, pretrained' if pretrained else cfg['checkpoint'],
         data=data,
         size=data.input_size,
-        stored=stored,
+        stored=loaded.classes,
     )
-    return teacher, []
+    return teacher, list(loaded.notes)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError, in_words, nearest
-from kd_plugins.teachers import PixelFormat
+from kd_plugins.errors import DistillError, in_words, nearest, shown
+from kd_plugins.teachers import PixelFormat, register_teacher
 from kd_plugins.teachers.classifier import (
     activation,
     as_teacher,
@@ -21,6 +23,8 @@ from kd_plugins.teachers.classifier import (
 from kd_plugins.teachers.network import ClassifierNetwork, data_config, image_size
 
 KEYS = ('torchvision', 'options')
+
+register_teacher('torchvision', __name__, "dict(torchvision='resnet50', checkpoint='x.pth')")
 
 
 def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +60,8 @@ def check_name(name: Any, where: str) -> None:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
+    if not isinstance(name, str):
+        raise DistillError(f"{where} must be the name of a model of torchvision, e.g. 'resnet50', got {shown(name)}.")
     if name not in names:
         raise DistillError(f'{where}: torchvision has no classifier {name!r}; {nearest(name, names)}')
 
@@ -73,7 +79,7 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         return _create(name, fixed, number, dict(cfg.get('options') or {}))
 
     with untouched_rng():
-        net, number, stored = load_weights(create, cfg, 'torchvision')
+        net, number, stored, notes = load_weights(create, cfg, 'torchvision', torchvision_names)
     teacher = as_teacher(
         # A model that is not told otherwise has ImageNet's classes.
         ClassifierNetwork(net, number or 1000, activation(cfg)),
@@ -86,7 +92,16 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
         size=size or fixed,
         stored=stored,
     )
-    return teacher, []
+    return teacher, list(notes)
+
+
+def torchvision_names(net: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights under the names of a torchvision model, where its file has a reader of older ones (DenseNet)."""
+    found: list[Mapping[str, Tensor]] = []
+    # It asks for the weights to be downloaded and loads them, so both are stood in for.
+    weights = SimpleNamespace(get_state_dict=lambda **options: state)
+    sys.modules[type(net).__module__]._load_state_dict(SimpleNamespace(load_state_dict=found.append), weights, False)
+    return found[0]
 
 
 def _fixed_size(name: str, size: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, in_words
+
+#: BatchNorm's did not exist before torch 0.4.1 and is not used in evaluation.
+_COUNTER = 'num_batches_tracked'
 
 
 @dataclass
 class LoadReport:
-    """What a strict load found."""
+    """What a strict load found.
+
+    Attributes:
+        missing: Accepted: keys of the model that the file lacks.
+        unexpected: Accepted: keys of the file that the model lacks.
+        converted: Keys of the file that the model has under other names, brought there by its own loading code.
+    """
 
     missing: Sequence[str] = field(default_factory=list)
     unexpected: Sequence[str] = field(default_factory=list)
-    mismatched: Sequence[str] = field(default_factory=list)
+    converted: Sequence[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """For the summary."""
+        found = (
+            ('teacher keys missing as allowed', self.missing),
+            ('keys of the file unused as allowed', self.unexpected),
+            ("old names of the file converted by the model's own code", self.converted),
+        )
+        return [f'{len(keys)} {what}: {", ".join(keys[:3])}' for what, keys in found if keys]
 
 
-def _allowed(key: str, patterns: Iterable[str]) -> bool:
+def is_named(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a key is one of the given ones or lies below a given module."""
     return any(key == p or key.startswith(p.rstrip('.') + '.') for p in patterns)
 
 
@@ -30,16 +52,21 @@ def load_strictly(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     architecture: str = 'teacher.config',
+    where: str = 'teacher.checkpoint',
 ) -> LoadReport:
-    """Load a teacher's weights and refuse anything but a complete load.
+    """Load weights and refuse anything but a complete load.
+
+    The modules load them by their own code, which knows what their parameters were called in older versions; what it
+    leaves over is judged.
 
     Args:
-        model: The teacher.
+        model: The model; unchanged when the load is refused.
         state: Its weights.
         source: Where they come from, for the message.
         allow_missing: Keys or module paths whose absence is accepted.
         allow_unexpected: Keys or module paths whose presence is accepted.
         architecture: The option that says what the model is, for the message.
+        where: The option that the weights came from, for the message.
 
     Returns:
         The accepted deviations.
@@ -47,46 +74,82 @@ def load_strictly(
     Raises:
         DistillError: Keys are missing, unexpected or of another shape.
     """
-    own = model.state_dict()
-    # BatchNorm's step counter did not exist before torch 0.4.1 and is not used in evaluation.
-    missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
-    unexpected = [k for k in state if k not in own]
-    mismatched = [
-        f'{k} is {tuple(state[k].shape)} in the file and {tuple(own[k].shape)} in the model'
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    refused_missing = [k for k in missing if not _allowed(k, allow_missing)]
-    refused_unexpected = [k for k in unexpected if not _allowed(k, allow_unexpected)]
-    if mismatched or refused_missing or refused_unexpected:
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    try:
+        missing, unexpected, misshapen = _load(model, state)
+    except Exception as error:
+        _restore(model, before)
+        raise DistillError(
+            f'{where} {source!r} cannot be loaded into {type(model).__name__} ({in_words(error)}); check '
+            f'{architecture}.'
+        ) from error
+    missing = [k for k in missing if not k.endswith(_COUNTER)]
+    refused_missing = [k for k in missing if not is_named(k, allow_missing)]
+    refused_unexpected = [k for k in unexpected if not is_named(k, allow_unexpected)]
+    if misshapen or refused_missing or refused_unexpected:
+        _restore(model, before)
         parts = []
         for count, label, keys in (
-            (len(own), 'missing', refused_missing),
+            (len(before), 'missing', refused_missing),
             (len(state), 'unexpected', refused_unexpected),
-            (len(own), 'of another shape', mismatched),
+            (len(before), 'of another shape', list(misshapen.values())),
         ):
             if keys:
-                shown = ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
-                parts.append(f'{len(keys)} of {count} keys {label} ({shown})')
-        if not any(k in state and state[k].shape == own[k].shape for k in own):
-            advice = f'it belongs to another architecture: check {architecture} and teacher.checkpoint.'
-        elif mismatched:
+                first = keys[: 2 if len(keys[0]) < 36 and not misshapen else 1]
+                more = ', ...' if len(keys) > len(first) else ''
+                # One sentence: where shapes differ, theirs is the example.
+                names = '' if misshapen and keys[0] not in misshapen.values() else f' ({", ".join(first)}{more})'
+                parts.append(f'{len(keys)} of {count} keys {label}{names}')
+        if len(missing) + len(misshapen) == sum(not k.endswith(_COUNTER) for k in before):
+            advice = f'it belongs to another architecture: check {architecture} and {where}.'
+        elif misshapen:
             advice = f'check that {architecture} is the one it was trained with (width, number of classes).'
         elif architecture == 'teacher.config':
-            advice = (
-                'check that teacher.config is the one it was trained with, or name modules that may differ in '
-                'teacher.allow_missing / teacher.allow_unexpected.'
-            )
+            advice = f'check {architecture}, or name what may differ in teacher.allow_missing / allow_unexpected.'
         else:
             advice = f'check that {architecture} is the one it was trained with.'
-        raise DistillError(
-            f'Teacher checkpoint {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}'
-        )
-    # Not strict=True: it would refuse the keys that may be missing.
-    result = model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    left = [k for k in result.missing_keys if k not in missing and not k.endswith('num_batches_tracked')]
-    if left or result.unexpected_keys:
-        raise DistillError(
-            f'Teacher checkpoint {source!r} was not loaded completely: {[*left, *result.unexpected_keys][:3]}.'
-        )
-    return LoadReport(missing, unexpected, mismatched)
+        raise DistillError(f'{where} {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}')
+    converted = [k for k in state if k not in before and k not in unexpected]
+    return LoadReport(missing, unexpected, converted)
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list[str], dict[str, str]]:
+    """Load what fits; keys that are missing, unexpected, and of another shape (with a clause that says so)."""
+    misshapen: dict[str, str] = {}
+
+    def take_out(module: nn.Module, held: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Called with the names that the module itself goes by: its own conversion of older ones comes before.
+        for name, own in (*module._parameters.items(), *module._buffers.items()):
+            found = held.get(prefix + name)
+            if own is None or not isinstance(found, Tensor) or found.shape == own.shape:
+                continue
+            if own.dim() == 0 and found.shape == (1,):
+                continue  # torch takes these for each other
+            key = prefix + name
+            misshapen[key] = f'{key} is {tuple(found.shape)} in the file and {tuple(own.shape)} in the model'
+            del held[key]
+
+    given = OrderedDict(state)
+    own = model.state_dict()
+    versions = getattr(state, '_metadata', None)
+    if versions is None and own.keys() <= given.keys():
+        # Without versions modules take weights for very old ones; these have today's names.
+        versions = own._metadata
+    if versions is not None:
+        given._metadata = versions
+    handles = [m._register_load_state_dict_pre_hook(take_out, with_module=True) for m in model.modules()]
+    try:
+        # Not strict=True: it would refuse the keys that may be missing.
+        result = model.load_state_dict(given, strict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [k for k in result.missing_keys if k not in misshapen]
+    return missing, list(result.unexpected_keys), misshapen
+
+
+def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key in before and before[key].shape == value.shape:
+                value.copy_(before[key])

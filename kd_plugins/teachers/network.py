@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins.errors import DistillError, in_words, nearest
+from kd_plugins.errors import DistillError, in_words, nearest, shown
 from kd_plugins.predictions.classes import ClassLogits
 
 #: ImageNet's statistics, of pixels in [0, 1]: what a network without any of its own is taken to expect.
@@ -125,20 +126,51 @@ def import_timm(where: str) -> Any:
 
 
 def check_name(name: Any, where: str) -> None:
-    """Refuse names that timm does not know, without building anything.
+    """Refuse names that timm does not know, without building or downloading anything.
 
     Raises:
         DistillError: There is no such model; the nearest names are given.
     """
     timm = import_timm(where)
-    # 'hf-hub:...' and 'local-dir:...' name models that only their own config knows.
-    known = isinstance(name, str) and (name.startswith(('hf-hub:', 'local-dir:')) or timm.is_model(name))
-    if not known:
+    if not isinstance(name, str):
+        raise DistillError(f"{where} must be the name of a model of timm, e.g. 'resnet50', got {shown(name)}.")
+    place, model = _parsed(timm, name, where)
+    if place is not None:
+        # What it is only its own config knows.
+        if place == 'local-dir' and not os.path.isfile(os.path.join(os.path.expanduser(model), 'config.json')):
+            raise DistillError(f'{where}: there is no {os.path.join(model, "config.json")!r}, which {name!r} needs.')
+        return
+    if not timm.is_model(name):
         raise DistillError(f'{where}: timm has no model {name!r}; {nearest(name, timm.list_models())}')
     _, _, tag = name.partition('.')
-    if tag and ':' not in name and tag not in _tags(timm, name):
+    if tag and tag not in _tags(timm, name):
         choices = [name.replace(tag, t) for t in _tags(timm, name)]
         raise DistillError(f'{where}: timm has no weights {name!r}; {nearest(name, choices)}')
+
+
+def absolute_name(name: str) -> str:
+    """A name that means the same from any folder: a model's own folder gets its absolute path."""
+    timm = import_timm('timm')
+    place, model = _parsed(timm, name, 'timm')
+    return f'{place}:{os.path.abspath(os.path.expanduser(model))}' if place == 'local-dir' else name
+
+
+def _parsed(timm: Any, name: str, where: str) -> tuple[str | None, str]:
+    """Where timm looks for a model (None: in itself), and its name there."""
+    try:
+        return timm.models.parse_model_name(name)
+    except Exception as error:
+        raise DistillError(
+            f'{where}: timm cannot read the name {name!r}; models from elsewhere are written '
+            f"'hf-hub:owner/name' or 'local-dir:folder' ({in_words(error)})."
+        ) from error
+
+
+def timm_names(net: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights under the names of a timm model, by what timm reads other people's weights of its kind with."""
+    import timm
+
+    return sys.modules[type(net).__module__].checkpoint_filter_fn(timm.models.clean_state_dict(state), net)
 
 
 def create_network(
@@ -155,7 +187,8 @@ def create_network(
     """A classifier of timm, by name.
 
     Args:
-        name: As for ``timm.create_model``: ``'resnet50'``, ``'vit_small_patch16_224.augreg_in1k'``, ``'hf-hub:...'``.
+        name: As for ``timm.create_model``: ``'resnet50'``, ``'vit_small_patch16_224.augreg_in1k'``,
+            ``'hf-hub:owner/name'`` (also ``'hf_hub:...'``) or ``'local-dir:folder'``.
         num_classes: How many classes it predicts. Default: as its pretrained weights, mostly 1000.
         in_chans: Channels of the images.
         input_size: Pixels, or ``(height, width)``. Networks that are built for one resolution (vision transformers)
@@ -266,7 +299,10 @@ def _option_names(name: str, owner: str) -> set[str]:
     """What the constructor takes: of the class that refused an option, and of the classifiers beside it."""
     import timm
 
-    module = sys.modules[timm.models.model_entrypoint(name.partition('.')[0]).__module__]
+    architecture = name.partition('.')[0]
+    if not timm.is_model(architecture):
+        return set()  # only its own config says which it is
+    module = sys.modules[timm.models.model_entrypoint(architecture).__module__]
     classes = [
         c for c in vars(module).values() if inspect.isclass(c) and (c.__name__ == owner or hasattr(c, 'get_classifier'))
     ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, check_keys
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,50 @@ class PixelFormat:
     """How a model's input is made from pixels (0 to 255): ``(pixel - mean) / std``, per channel in its own order.
 
     Attributes:
-        mean: Means in pixels, one per channel.
-        std: Standard deviations in pixels, one per channel.
-        rgb: Whether the channels are RGB; False: BGR.
+        mean: Means in pixels, one per channel; a single one is that of every channel.
+        std: Standard deviations in pixels, likewise.
+        rgb: Whether the first three channels are RGB; False: BGR.
         pad: What padding holds, in normalised units.
+        size: ``(height, width)`` of all images; None: batches have any size.
+        divisor: Whole number that both sides of every batch are multiples of.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     rgb: bool = False
     pad: float = 0.0
+    size: tuple[int, int] | None = None
+    divisor: int = 1
+
+    @classmethod
+    def from_options(cls, options: Any, where: str) -> PixelFormat:
+        """Read what somebody wrote into a config.
+
+        Args:
+            options: ``dict(mean=(R, G, B), std=(R, G, B), rgb=True, pad=0.0)``; ``mean`` and ``std`` in pixels and in
+                the order of the channels, a number for all channels alike. ``pad`` may be left out, and ``rgb`` where
+                there are no three channels.
+            where: The option, for messages.
+
+        Raises:
+            DistillError: A key is missing or misspelt, or a value cannot be right.
+        """
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
+            raise DistillError(f'{where} must be {_EXAMPLE}, got {options!r}.')
+        check_keys(options, ('mean', 'std', 'rgb', 'pad'), where)
+        mean, std = (_numbers(options.get(key), f'{where}.{key}') for key in ('mean', 'std'))
+        if 1 not in (len(mean), len(std)) and len(mean) != len(std):
+            raise DistillError(f'{where}: mean has {len(mean)} numbers and std {len(std)}; write one for each channel.')
+        if 0 in std:
+            raise DistillError(f'{where}.std must not be 0, got {std}.')
+        count = max(len(mean), len(std))
+        rgb = options.get('rgb', None if count in (1, 3) else False)
+        if not isinstance(rgb, bool):
+            raise DistillError(f'{where}.rgb must be True (RGB) or False (BGR, as MMEngine decodes), got {rgb!r}.')
+        (pad,) = _numbers(options.get('pad', 0.0), f'{where}.pad')
+        return cls(*(v * count if len(v) == 1 else v for v in (mean, std)), rgb=rgb, pad=pad)
 
     def __str__(self) -> str:
         mean, std = ([round(v, 2) for v in values] for values in (self.mean, self.std))
@@ -37,11 +71,19 @@ class PixelFormat:
 #: Ultralytics: RGB in [0, 1], padded with grey.
 ULTRALYTICS = PixelFormat(std=(255.0, 255.0, 255.0), rgb=True, pad=114 / 255)
 
+_EXAMPLE = 'dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), rgb=True, pad=0.0)'
 
 _OTHER_CHANNELS = (
     'The student sees images of {} channels and the teacher takes {}; take a teacher that was trained on the same kind '
     'of images.'
 )
+
+
+def _numbers(value: Any, where: str) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not values or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+        raise DistillError(f'{where} must be a number or one for each channel, got {value!r}.')
+    return tuple(map(float, values))
 
 
 class Renormalize:
@@ -56,7 +98,7 @@ class Renormalize:
         student: The format of the batches.
         teacher: The format that the teacher expects.
         channels: How many channels the teacher takes: grey images are repeated to as many. Default: as they come, and
-            three where the student's format has one channel and the teacher's three.
+            the number in the teacher's format where the student's has one and the teacher's several.
 
     Raises:
         DistillError: The formats have other numbers of channels.
@@ -68,55 +110,69 @@ class Renormalize:
 
     def __init__(self, student: PixelFormat, teacher: PixelFormat, channels: int | None = None) -> None:
         ours, theirs = ([torch.tensor(v, dtype=torch.float64) for v in (f.mean, f.std)] for f in (student, teacher))
-        counts = len(student.mean), len(teacher.mean)
-        if counts[0] == 1:
-            ours = [v.expand(counts[1]) for v in ours]
-            channels = counts[1] if channels is None else channels
-        elif counts[1] == 1 and all(bool((v == v[0]).all()) for v in ours):
-            # Such a format (Ultralytics') says nothing of the number of channels; the images will.
-            ours = [v[:1] for v in ours]
-        elif counts[0] != counts[1]:
-            raise DistillError(_OTHER_CHANNELS.format(*counts))
+        if channels is None and len(ours[0]) == 1 < len(theirs[0]):
+            channels = len(theirs[0])
+        # Where all channels are alike (Ultralytics), a format says nothing of their number; the images will.
+        ours = _alike(ours)
+        theirs = theirs if channels is None else _alike(theirs)
+        #: Of the student's images, where its format says so; 1: any number.
+        self._channels = len(ours[0])
+        takes = channels or (len(theirs[0]) if len(theirs[0]) > 1 else None)
+        if self._channels > 1 and takes not in (None, self._channels):
+            raise DistillError(_OTHER_CHANNELS.format(self._channels, takes))
+        if len(theirs[0]) not in (1, takes):
+            raise DistillError(
+                f'The teacher takes images of {takes} channels, but its mean and std are of {len(theirs[0])}; write '
+                'one number for each channel.'
+            )
         self.channels = channels
         self.flip = student.rgb != teacher.rgb
         # The student's statistics, in the teacher's channel order.
-        mean, std = (v.flip(0) if self.flip else v for v in ours)
+        mean, std = (_flip(v[None])[0] if self.flip and len(v) > 2 else v for v in ours)
         self.scale = (std / theirs[1]).float().view(1, -1, 1, 1)
         self.shift = ((mean - theirs[0]) / theirs[1]).float().view(1, -1, 1, 1)
         self.pad_value = teacher.pad
+        self._same_pad = student.pad == teacher.pad
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self.same_values = not self.flip and bool(torch.equal(mean, theirs[0])) and bool(torch.equal(std, theirs[1]))
-        self.same = self.same_values and student.pad == teacher.pad
+        self._same_statistics = all(bool((a == b).all()) for a, b in ((mean, theirs[0]), (std, theirs[1])))
+        self.same = self._same_statistics and self._same_pad and not self.flip
         self.description = 'same as student' if self.same else f'{teacher} (student: {student})'
 
     def __call__(self, inputs: Any, samples: Sequence[Any] | None = None) -> Tensor:
         """Make the teacher's batch.
 
         Args:
-            inputs: ``(B, 3, H, W)`` the student's processed batch.
+            inputs: ``(B, C, H, W)`` the student's processed batch.
             samples: Its data samples; ``img_shape`` says where an image ends and padding begins.
 
         Returns:
-            ``(B, 3, H, W)``, the same tensor when nothing has to change.
+            ``(B, C', H, W)``, the same tensor when nothing has to change.
 
         Raises:
-            DistillError: The batch is not one image tensor.
+            DistillError: The batch is not one image tensor, or of other channels.
         """
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
             kind = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise DistillError(f'Distillation needs batches of images (B, C, H, W), this model is given {kind}.')
-        if self.channels is not None and inputs.shape[1] != self.channels:
-            if inputs.shape[1] != 1:
-                raise DistillError(_OTHER_CHANNELS.format(inputs.shape[1], self.channels))
-            inputs = inputs.expand(-1, self.channels, -1, -1)
-        if self.same:
-            return inputs
-        if self.same_values:
+        count = inputs.shape[1]
+        takes = count if self.channels is None else self.channels
+        if count not in (1, takes):
+            raise DistillError(_OTHER_CHANNELS.format(count, takes))
+        if self._channels not in (1, count):
+            raise DistillError(
+                f'The student sees images of {count} channels, but its mean and std are of {self._channels}.'
+            )
+        # Grey is grey in any order.
+        flip = self.flip and count > 2
+        if self._same_statistics and not flip:
+            inputs = inputs.expand(-1, takes, -1, -1) if count != takes else inputs
+            if self._same_pad:
+                return inputs
             result = inputs.clone()
         else:
-            source = inputs.flip(1) if self.flip else inputs
+            source = _flip(inputs) if flip else inputs
             scale, shift = self._on(source)
-            result = torch.addcmul(shift, source, scale)
+            result = torch.addcmul(shift, source.expand(-1, takes, -1, -1), scale)
         height, width = result.shape[-2:]
         for image, sample in zip(result, samples or (), strict=False):
             shape = getattr(sample, 'metainfo', {}).get('img_shape')
@@ -134,6 +190,19 @@ class Renormalize:
         if key not in self._moved:
             self._moved[key] = self.scale.to(images), self.shift.to(images)
         return self._moved[key]
+
+
+def _alike(values: list[Tensor]) -> list[Tensor]:
+    """One number where those of all channels are the same."""
+    return [v[:1] for v in values] if all(bool((v == v[0]).all()) for v in values) else values
+
+
+def _flip(images: Tensor) -> Tensor:
+    """The other channel order of ``(B, C, ...)``: the first three change places, others (alpha, infrared) stay.
+
+    By slices, because indices from the host make it wait for the GPU.
+    """
+    return torch.cat([images[:, :3].flip(1), images[:, 3:]], 1) if images.shape[1] > 3 else images.flip(1)
 
 
 class Resized:
@@ -161,3 +230,45 @@ class Resized:
         # In float32: antialiasing has no half precision on the CPU.
         resized = interpolate(images.float(), size, mode=self.mode, align_corners=False, antialias=True)
         return resized.to(images.dtype)
+
+
+class Padding:
+    """Padding of the teacher's batch to the sides that its network needs, and what is cut off its outputs for it.
+
+    A network whose pyramid is deeper than the student's, or one that merges its levels cell by cell, takes sides that
+    are multiples of something only. What padding adds to its maps is no part of the picture, and the student's maps
+    have no such cells: they are taken off again, so that cell lies on cell.
+
+    Args:
+        divisor: What both sides must be multiples of.
+        value: What padding holds, in the teacher's normalised units.
+    """
+
+    def __init__(self, divisor: int, value: float) -> None:
+        self.divisor, self.value = divisor, value
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pad ``(B, C, H, W)`` at the right and at the bottom; the same tensor where nothing is missing."""
+        below, right = (-side % self.divisor for side in images.shape[-2:])
+        return pad(images, (0, right, 0, below), value=self.value) if below or right else images
+
+    def cut(self, output: Tensor, padded: tuple[int, int], inside: tuple[int, int]) -> Tensor:
+        """What the network made of the picture alone.
+
+        Args:
+            output: Any output of the network. Maps ``(B, C, H, W)`` and ``(B, H, W, C)`` with a cell for every
+                ``stride x stride`` pixels are cut; coarser ones than ``divisor`` need not be, and what is no map
+                (queries, vectors) stays.
+            padded: ``(height, width)`` of the padded images.
+            inside: That of the images.
+        """
+        for first in (2, 1):
+            if output.dim() != 4:
+                break
+            grid = tuple(output.shape[first : first + 2])
+            stride = padded[0] // grid[0]
+            if stride < self.divisor and padded == (grid[0] * stride, grid[1] * stride):
+                for dim, side in enumerate(inside, first):
+                    output = output.narrow(dim, 0, -(-side // stride))
+                break
+        return output

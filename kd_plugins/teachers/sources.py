@@ -1,9 +1,9 @@
 """Where a teacher comes from: one module per kind of model, chosen by a key of the ``teacher`` mapping.
 
 ``teacher=dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(ultralytics='x.pt')``, ``dict(timm='resnet50',
-checkpoint='x.pth')`` and so on name teachers for students of any framework. The frameworks' sub-packages must not
-import each other, so a source is registered by the *name* of its module, which is imported when a teacher asks for
-it. It has
+checkpoint='x.pth')`` and so on name teachers for students of any framework. A module of this package says with
+`register_teacher` which key it is for; nothing else has to know it. The frameworks' sub-packages must not import each
+other, so theirs are registered below by the *name* of the module, which is imported when a teacher asks for it. It has
 
 - ``find(cfg) -> dict``: refuse what is misspelt or missing without loading anything, and make paths absolute
   (processes on several GPUs start in another folder);
@@ -12,12 +12,14 @@ it. It has
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, shown
 from kd_plugins.teachers.pixels import PixelFormat
 
 _SOURCES: dict[str, tuple[str, str]] = {}
@@ -28,7 +30,7 @@ def register_teacher(key: str, module: str, example: str) -> None:
 
     Args:
         key: The key of the ``teacher`` mapping that selects it.
-        module: Dotted name of the module with ``find`` and ``build``.
+        module: Dotted name of the module with ``find`` and ``build``; ``__name__`` in that module itself.
         example: How to write it, for messages.
     """
     _SOURCES[key] = (module, example)
@@ -36,14 +38,6 @@ def register_teacher(key: str, module: str, example: str) -> None:
 
 register_teacher('config', 'kd_plugins.mm.source', "dict(config='mmdet::...', checkpoint='x.pth')")
 register_teacher('ultralytics', 'kd_plugins.yolo.source', "dict(ultralytics='x.pt')")
-register_teacher('timm', 'kd_plugins.teachers.from_timm', "dict(timm='resnet50', checkpoint='x.pth')")
-register_teacher(
-    'torchvision', 'kd_plugins.teachers.from_torchvision', "dict(torchvision='resnet50', checkpoint='x.pth')"
-)
-register_teacher(
-    'module', 'kd_plugins.teachers.from_module', "dict(module='my_pkg.my_module:factory', checkpoint='x.pth')"
-)
-register_teacher('exported', 'kd_plugins.teachers.from_exported', "dict(exported='x.pt2')")
 
 
 def teacher_kind(cfg: Any) -> str | None:
@@ -52,7 +46,7 @@ def teacher_kind(cfg: Any) -> str | None:
     Raises:
         DistillError: There are two.
     """
-    found = [k for k in _SOURCES if isinstance(cfg, Mapping) and cfg.get(k) is not None]
+    found = [k for k in _sources() if isinstance(cfg, Mapping) and cfg.get(k) is not None]
     if len(found) > 1:
         raise DistillError(f'teacher must be one model, got both {found[0]!r} and {found[1]!r}.')
     return found[0] if found else None
@@ -83,13 +77,28 @@ def build_source(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher,
     return _call('build', cfg, student)
 
 
+def _sources() -> Mapping[str, tuple[str, str]]:
+    _register_own()
+    return _SOURCES
+
+
+@functools.cache
+def _register_own() -> None:
+    """Import the modules of this package, in which the kinds of teachers register themselves; no framework is."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f'{__package__}.{module.name}')
+
+
 def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
     kind = teacher_kind(cfg)
     if kind is None:
-        examples = ', '.join(example for _, example in _SOURCES.values())
+        examples = ', '.join(example for _, example in _sources().values())
+        if not isinstance(cfg, Mapping):
+            raise DistillError(f'teacher must be one of {examples}; got {shown(cfg)}.')
         raise DistillError(f'teacher must be one of {examples}; got the keys {sorted(map(str, cfg)) or "none"}.')
     try:
-        return getattr(importlib.import_module(_SOURCES[kind][0]), function)(cfg, *rest)
+        return getattr(importlib.import_module(_sources()[kind][0]), function)(cfg, *rest)
     except ImportError as error:
         package = (error.name or '').split('.')[0]
         if package not in _EXTRAS:

@@ -3,7 +3,6 @@
 Ultralytics is licensed under AGPL-3.0. It is an optional dependency, used through its public interfaces only.
 """
 
-from kd_plugins.yolo import classes as classes  # registers a reader
 from kd_plugins.yolo import heads as heads  # registers the readers
 from kd_plugins.yolo.callback import DistillCallback
 from kd_plugins.yolo.options import DistillOptions

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from kd_plugins.distiller.summary import summary
-from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.predictions import match_classes
-from kd_plugins.yolo.criterion import KDCriterion, plain_criterion
-from kd_plugins.yolo.heads import BRANCHES, SUPPORTED, head_of
-from kd_plugins.yolo.losses import YOLODistiller
+from kd_plugins.distiller import Position, Session, build_terms, find_module, summary, untouched_rng
+from kd_plugins.distiller.summary import classes_text, schedule_text
+from kd_plugins.distiller.terms import resolver_of
+from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.predictions import MaskPredictions, readable
+from kd_plugins.teachers import ULTRALYTICS, find_source
+from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
+from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
+from kd_plugins.yolo.host import UltralyticsHost
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
-from kd_plugins.yolo.teacher import build_teacher, class_count, class_names, find_any_teacher, has_masks, input_channels
+from kd_plugins.yolo.run import Run
+from kd_plugins.yolo.teacher import class_count, class_names, input_channels
 
 OLDEST = (8, 4, 140)
 EVENTS = ('on_pretrain_routine_end', 'on_train_epoch_start', 'on_train_batch_start', 'on_train_epoch_end', 'teardown')
-
-#: KD over task loss outside of which a whole epoch is reported.
-BALANCE = (0.01, 10.0)
 
 
 class DistillCallback:
@@ -50,8 +52,7 @@ class DistillCallback:
         **options: The other options of `DistillOptions`, which see.
 
     Attributes:
-        options: The checked options; ``teacher`` is an absolute path.
-        distiller: The running distillation between attaching and detaching, else None.
+        options: The checked options; files have absolute paths.
 
     Raises:
         DistillError: An option is misspelt or cannot be right, or the teacher's file is missing.
@@ -64,23 +65,24 @@ class DistillCallback:
             checked = teacher
         else:
             check_keys(options, DistillOptions.names(), 'DistillCallback')
-            checked = DistillOptions(find_any_teacher(teacher), **options)
+            given = teacher if teacher is None or isinstance(teacher, Mapping) else _as_path(teacher)
+            checked = DistillOptions(given, **options)
         # Absolute: the processes on several GPUs start in another folder.
-        self.options = checked.replace(teacher=find_any_teacher(checked.teacher))
-        self._forget()
-
-    def _forget(self) -> None:
-        self.distiller: YOLODistiller | None = None
-        self._model: nn.Module | None = None
-        self._batches, self._batch = 1, 0
-        self._reported: set[str] = set()
+        self.options = _found(checked)
+        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {'options': self.options.to_dict()}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.options = DistillOptions.from_dict(state['options'])
-        self._forget()
+        self._runs = weakref.WeakKeyDictionary()
+
+    @property
+    def session(self) -> Session | None:
+        """The session of the training that began last, between attaching and detaching, else None."""
+        runs = list(self._runs.values())
+        return runs[-1].session if runs else None
 
     # ------------------------------------------------------------------ registering
     def register(self, model: Any) -> DistillCallback:
@@ -105,6 +107,9 @@ class DistillCallback:
             )
         for event in EVENTS:
             model.add_callback(event, getattr(self, event))
+        if hasattr(model, 'tune'):
+            # On this object only: each of its trainings is a process of its own, which gets no callbacks.
+            model.tune = _refuse_tune
         return self
 
     def unregister(self, model: Any) -> None:
@@ -112,135 +117,153 @@ class DistillCallback:
         for event in EVENTS:
             kept = [c for c in model.callbacks.get(event, []) if owner_of(c) is not self]
             model.callbacks[event] = kept
+        if vars(model).get('tune') is _refuse_tune:
+            del model.tune
 
     # ------------------------------------------------------------------ events, called by the trainer on every rank
     def on_pretrain_routine_end(self, trainer: Any) -> None:
-        """Load the teacher, check that everything fits, print the summary and replace the criterion."""
-        self._detach()
+        """Load the teachers, check that everything fits, print the summary and replace the criterion."""
+        self._detach(trainer)
         model = unwrapped(trainer.model)
         student = getattr(model, 'student_model', model)
-        self._refuse_self_teaching(trainer)
-        teacher = build_teacher(
-            self.options.teacher,
-            branches=BRANCHES if self.options.branch == 'both' else (self.options.branch,),
-            feats=self.options.feature is not None,
-            masks=has_masks(head_of(student)) and self.options.mask != 0,
-            trusted=self.options.trusted,
-        )
-        channels = input_channels(student), teacher.channels
-        if channels[0] != channels[1]:
-            raise DistillError(
-                f'The student takes images of {channels[0]} channel(s) and the teacher of {channels[1]}; train a '
-                'teacher on the same kind of images.'
-            )
+        refuse_unsupported(student, 'student')
+        host = UltralyticsHost(student)
+        options, session, notes = self._open(student, host)
+        channels = input_channels(student)
+        for teacher in session.teachers.values():
+            if teacher.channels is not None and channels not in (teacher.channels, 1):
+                raise DistillError(
+                    f'The student takes images of {channels} channel(s) and the teacher of {teacher.channels}; train a '
+                    'teacher on the same kind of images.'
+                )
+            host.follow(teacher)
+        session.check_heads()
         names = class_names(trainer.data.get('names'))
-        theirs = self.options.classes if self.options.classes is not None else teacher.classes
-        classes = pair_classes(names, theirs, self.options.class_map, class_count(student), teacher.num_classes)
-        if self.options.start >= trainer.epochs:
+        classes = {}
+        for name, teacher in session.teachers.items():
+            if teacher.own_classes and session.by_class(name):
+                classes[name] = pair_classes(
+                    names,
+                    teacher.classes,
+                    options.class_map,
+                    student_count=class_count(student),
+                    teacher_count=teacher.num_classes,
+                    # Data sets of whole images have no such filter: the labels of all classes train.
+                    taught=None if host.classifier else trainer.args.classes,
+                )
+        session.set_classes(classes)
+        # With a limit of time the number of epochs is found out on the way.
+        if session.window.start >= trainer.epochs and not trainer.args.time:
             raise DistillError(
-                f'start={self.options.start} is not before the end of the run ({trainer.epochs} epochs).'
+                f'start={session.window.start} is not before the end of the run ({trainer.epochs} epochs).'
             )
-        distiller = YOLODistiller(student, teacher, self.options, classes)
         first = next(student.parameters())
         side = 2 * max(int(trainer.stride), 32)
-        image = torch.full((2, channels[0], side, side), 0.5, device=first.device, dtype=first.dtype)
-        rows = distiller.check(image)
+        image = torch.full((2, channels, side, side), 0.5, device=first.device, dtype=first.dtype)
+        with untouched_rng():
+            rows = session.check(image)
+        run = Run(session, host)
+        run.attach(trainer)
         if is_main():
             text = summary(
                 rows,
-                teacher,
+                session.teachers,
                 student=f'{type(student).__name__} ({trainer.args.model})',
                 student_parameters=sum(p.numel() for p in student.parameters()),
-                classes=_classes_text(names, theirs, classes),
-                schedule=self._schedule_text(trainer.epochs),
-                notes=self._notes(distiller),
+                classes={
+                    n: classes_text(names, t.classes, classes.get(n), session.by_class(n))
+                    for n, t in session.teachers.items()
+                },
+                schedule=schedule_text(session.window, 'epoch', trainer.epochs, session.alpha),
+                notes=[*notes, *session.notes, *host.notes()],
             )
             logger().info(f'\n{text}\n')
-            self._write_yaml(trainer)
-        self.distiller = distiller
-        self._batches = max(len(trainer.train_loader), 1)
-        self._attach(student)
+            write_recipe(os.path.join(trainer.save_dir, FILE), self.options, options, session)
+        run.batches = max(len(trainer.train_loader), 1)
+        self._runs[trainer] = run
 
     def on_train_epoch_start(self, trainer: Any) -> None:
         """Tell the schedules where the run is; an epoch that is done again (OOM, NaN recovery) starts anew."""
-        self._batch, self._batches = 0, max(len(trainer.train_loader), 1)
-        if self.distiller is not None:
-            self.distiller.epoch = trainer.epoch
-            self.distiller.balance()
+        run = self._runs.get(trainer)
+        if run is not None:
+            run.begin_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Any) -> None:
         """Tell the schedules where the run is."""
-        if self.distiller is not None:
-            done = trainer.epoch + min(self._batch / self._batches, 1.0)
-            self.distiller.progress = min(done / max(trainer.epochs, 1), 1.0)
-            self._batch += 1
+        run = self._runs.get(trainer)
+        if run is not None:
+            done = trainer.epoch + min(run.batch / run.batches, 1.0)
+            run.begin_batch(Position(done, max(trainer.epochs, 1), trainer.epoch))
+            run.batch += 1
 
     def on_train_epoch_end(self, trainer: Any) -> None:
-        """Warn when KD was out of proportion for the whole epoch; once per direction."""
-        ratio = self.distiller.balance() if self.distiller is not None else None
-        if ratio is None or not is_main():
+        """Keep the adapters; warn when KD was out of proportion for the whole epoch, once per direction."""
+        run = self._runs.get(trainer)
+        if run is None:
             return
-        low, high = BALANCE
-        kind = 'high' if ratio > high else 'low' if ratio < low else None
-        if kind is None or kind in self._reported:
-            return
-        self._reported.add(kind)
-        if kind == 'high':
-            text = f'{ratio:.3g} times the task loss: the labels hardly count; lower cls and box'
-        else:
-            text = f'{ratio:.2%} of the task loss: it hardly changes the student; raise cls and box'
-        logger().warning(f'KD was {text} (epoch {trainer.epoch + 1}).')
+        run.end_epoch(trainer, write=is_main())
+        verdict = run.session.balance.verdict()
+        if verdict is not None and is_main():
+            logger().warning(f'{verdict} (epoch {trainer.epoch + 1}).')
 
     def teardown(self, trainer: Any) -> None:
         """Give the student its criterion back; called after training and after a crash."""
-        self._detach()
+        run = self._runs.get(trainer)
+        never = run.session.finish() if run is not None else None
+        if never is not None and is_main():
+            logger().warning(never)
+        self._detach(trainer)
 
-    # ------------------------------------------------------------------ attaching
-    def _attach(self, student: nn.Module) -> None:
-        # A resumed run already has one, whose decay has advanced.
-        criterion = plain_criterion(getattr(student, 'criterion', None))
-        if criterion is None:
-            criterion = student.init_criterion()
-        if isinstance(criterion, nn.Module):
-            raise DistillError(
-                f'The criterion {type(criterion).__name__} is a module, which this callback cannot wrap; supported '
-                f'are {SUPPORTED} with the criteria of Ultralytics.'
-            )
-        student.criterion = KDCriterion(criterion, self.distiller.add)
-        self._model = student
+    # ------------------------------------------------------------------
+    def _detach(self, trainer: Any) -> None:
+        run = self._runs.pop(trainer, None)
+        if run is not None:
+            run.detach()
 
-    def _detach(self) -> None:
-        if self._model is not None:
-            self._model.criterion = plain_criterion(getattr(self._model, 'criterion', None))
-        self._forget()
+    def _open(self, student: nn.Module, host: UltralyticsHost) -> tuple[RunOptions, Session, list[str]]:
+        """Load the teachers, each once; whether masks are taught by default depends on them."""
+        head = head_of(student)
+        facts = dict(classifier=host.classifier, end_to_end=is_end_to_end(head))
+        # Before the teachers are loaded: what is misspelt needs no minute to be found.
+        early = self.options.expand(**facts, masks=readable(head, MaskPredictions))
+        build_terms(early.terms, resolver_of(early.imports))
+        teachers, notes = load_teachers(early.teachers, student, host, ULTRALYTICS)
+        masks = readable(head, MaskPredictions) and all(
+            readable(find_module(t.model, t.head, 'teacher'), MaskPredictions) for t in teachers.values()
+        )
+        branches = all(t.kind == 'ultralytics' and is_end_to_end(head_of(t.model)) for t in teachers.values())
+        options = self.options.expand(**facts, masks=masks, teacher_end_to_end=branches)
+        return options, open_session(student, teachers, options, host), notes
 
-    def _refuse_self_teaching(self, trainer: Any) -> None:
-        start = str(trainer.args.model)
-        if (
-            not trainer.resume
-            and isinstance(self.options.teacher, str)
-            and os.path.isfile(start)
-            and os.path.realpath(start) == os.path.realpath(self.options.teacher)
-        ):
-            raise DistillError(
-                f"The student starts from the teacher's own file {start!r}: they would be equal and nothing would be "
-                'learned; give another model or another teacher.'
-            )
 
-    def _write_yaml(self, trainer: Any) -> None:
-        write_recipe(os.path.join(trainer.save_dir, FILE), self.options)
+def _as_path(teacher: Any) -> str:
+    return os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
 
-    def _schedule_text(self, epochs: int) -> str:
-        last = f'up to epoch {self.options.stop}' if self.options.stop is not None else 'to the end'
-        return f'from epoch {self.options.start} {last} (of {epochs})'
 
-    def _notes(self, distiller: YOLODistiller) -> list[str]:
-        notes = []
-        if all(str(t.weight) == '0' for t in distiller.terms):
-            notes.append('all weights are 0: the run is the plain one')
-        if distiller.family == 'dense':
-            notes.append('losses are multiplied by the batch size, as the task loss is')
-        return notes
+def _found(options: DistillOptions) -> DistillOptions:
+    """The same options with absolute paths of the teachers' files.
+
+    Raises:
+        DistillError: A file is missing.
+    """
+
+    def found(name: str, source: dict[str, Any]) -> Any:
+        given = options.teacher if not name else options.teachers[name]
+        checked = find_source(source)
+        if not isinstance(given, Mapping) or set(given) == {'ultralytics'}:
+            return checked['ultralytics']
+        # What was written beside the teacher stays there.
+        return {k: v for k, v in checked.items() if k in given}
+
+    sources = {name: found(name, source) for name, source in options.sources().items()}
+    return options.replace(teacher=sources['']) if options.teachers is None else options.replace(teachers=sources)
+
+
+def _refuse_tune(*args: Any, **options: Any) -> None:
+    raise DistillError(
+        'tune() trains in processes of its own, which get no callbacks and would not distil; write the options to a '
+        'kd.yaml, run `yolo-kd enable`, and set KD_PLUGINS_YOLO=kd.yaml for a model without a DistillCallback.'
+    )
 
 
 def check_version() -> None:
@@ -270,42 +293,6 @@ def version_tuple(text: str) -> tuple[int, ...]:
             break
         numbers.append(int(digits))
     return tuple(numbers)
-
-
-def pair_classes(
-    student: Sequence[str] | None,
-    teacher: Sequence[str] | None,
-    class_map: Mapping[str, str] | None,
-    student_count: int | None,
-    teacher_count: int | None,
-) -> tuple[list[int], list[int]] | None:
-    """Which class of the student is which of the teacher, by name; None when the sets are equal.
-
-    Args:
-        student: Names of the student's classes.
-        teacher: Names of the teacher's classes.
-        class_map: ``{student name: teacher name}`` where the names differ.
-        student_count: Classes the student's head predicts.
-        teacher_count: Classes the teacher's head predicts.
-
-    Raises:
-        DistillError: The map names classes that do not exist, or no class is common to both.
-    """
-    mapped = student
-    if class_map:
-        for side, known, given in (('student', student, class_map), ('teacher', teacher, class_map.values())):
-            for name in given:
-                if name not in (known or ()):
-                    raise DistillError(f'class_map: the {side} has no class {name!r}; {nearest(name, known or ())}')
-        mapped = [class_map.get(n, n) for n in student or ()]
-    try:
-        return match_classes(mapped, teacher, student_count=student_count, teacher_count=teacher_count)
-    except DistillError as error:
-        text = str(error).replace('Write classes=[...] in teacher if only the names differ.', '').strip()
-        raise DistillError(
-            f'{text} If they mean the same under other names, write class_map={{student name: teacher name}}, or '
-            "classes=[...] with the names of the teacher's outputs."
-        ) from error
 
 
 def registered(model: Any) -> list[DistillCallback]:
@@ -349,11 +336,3 @@ def is_main() -> bool:
     from ultralytics.utils import RANK
 
     return RANK in (-1, 0)
-
-
-def _classes_text(student: Any, teacher: Any, classes: Any) -> str:
-    if classes is not None:
-        return f'{len(classes[0])} of {len(student)} student classes taught by name (teacher knows {len(teacher)})'
-    if student is None or teacher is None:
-        return 'same number of classes, names of one side unknown: assumed to be in the same order'
-    return f'the same {len(student)} classes'

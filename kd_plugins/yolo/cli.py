@@ -3,7 +3,7 @@
 .. code-block:: bash
 
     yolo-kd train model=yolo11n.yaml data=coco.yaml kd_teacher=yolo11x.pt kd_cls=1 kd_box=1
-    yolo-kd train model=yolo11n.yaml data=coco.yaml kd=configs/yolo/logit.yaml kd_teacher=yolo11x.pt
+    yolo-kd train model=yolo11n.yaml data=coco.yaml kd=cwd kd_teacher=yolo11x.pt
     yolo-kd train resume model=runs/detect/train/weights/last.pt
 
 The ``kd_*`` options are taken out and become a `DistillCallback`; everything else goes to Ultralytics' own entry
@@ -288,13 +288,18 @@ def help_text() -> str:
         "yolo-kd: Ultralytics' yolo command with knowledge distillation.",
         '',
         '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd_teacher=yolo11x.pt kd_cls=1 kd_box=1',
-        '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd=kd.yaml kd_cls=0.5    # a recipe and a change to it',
+        '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd=kd.yaml kd_cls=0.5    # a file and a change to it',
         '  yolo-kd train resume model=runs/detect/train/weights/last.pt             # with the kd.yaml of that run',
         f'  yolo-kd status | enable | disable    # let an unmodified yolo train read a recipe from {autoload.VARIABLE}',
         '',
         'Without kd options it is the yolo command (yolo help). The options:',
         '',
-        *_entry(RECIPE, 'A recipe, a YAML file with any of the options below without kd_. They override it.', 'None'),
+        *_entry(
+            RECIPE,
+            'A recipe by name (kd-plugins recipes lists them), or a YAML file with any of the options below without '
+            'kd_. They override it.',
+            'None',
+        ),
     ]
     docs = option_docs()
     for field in dataclasses.fields(DistillOptions):

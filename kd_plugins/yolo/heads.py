@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import DensePredictions, find_reader, register_reader
+from kd_plugins.predictions import ClassPredictions, DensePredictions, MaskPredictions, readable, register_reader
 
 BRANCHES = ('one2many', 'one2one')
 
@@ -71,21 +71,31 @@ def select_branch(outputs: Any, branch: str = 'one2many') -> Mapping[str, Any]:
 @register_reader('ultralytics.Segment26')
 @register_reader('ultralytics.Pose')
 @register_reader('ultralytics.Pose26')
-def read_detect(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
-    """Class logits, distance bins (when there are more than one) and distances; the one-to-many branch if there are
-    two."""
-    return _read(head, outputs, rotated=False)
+def read_detect(head: nn.Module, outputs: Any, *, training: bool, part: str | None = None) -> DensePredictions:
+    """Class logits, distance bins (when there are more than one) and distances; of two branches the one-to-many."""
+    return _read(head, select_branch(outputs, part or BRANCHES[0]), rotated=False)
 
 
 @register_reader('ultralytics.OBB')
 @register_reader('ultralytics.OBB26')
-def read_obb(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
+def read_obb(head: nn.Module, outputs: Any, *, training: bool, part: str | None = None) -> DensePredictions:
     """As `read_detect`, but distances count along the axes of the rotated box: they are ``box``, not ``ltrb``."""
-    return _read(head, outputs, rotated=True)
+    return _read(head, select_branch(outputs, part or BRANCHES[0]), rotated=True)
 
 
-def _read(head: nn.Module, outputs: Any, rotated: bool) -> DensePredictions:
-    raw = select_branch(outputs)
+@register_reader('ultralytics.Segment', form=MaskPredictions)
+@register_reader('ultralytics.Segment26', form=MaskPredictions)
+def read_masks(head: nn.Module, outputs: Any, *, training: bool, part: str | None = None) -> MaskPredictions:
+    """As `read_detect`, with mask coefficients and prototypes; YOLO26's come with semantic logits in training."""
+    raw = select_branch(outputs, part or BRANCHES[0])
+    found = raw.get('proto')
+    found = found[0] if isinstance(found, (tuple, list)) else found
+    if not isinstance(found, Tensor) or 'mask_coefficient' not in raw:
+        raise DistillError('The head returned no mask coefficients and prototypes.')
+    return MaskPredictions(_read(head, raw, rotated=False, masks=True), _full(found))
+
+
+def _read(head: nn.Module, raw: Mapping[str, Any], rotated: bool, masks: bool = False) -> DensePredictions:
     boxes, scores = _full(raw['boxes']), _full(raw['scores'])
     sizes = [tuple(f.shape[-2:]) for f in raw['feats']]
     strides = list(strides_of(head))
@@ -95,11 +105,14 @@ def _read(head: nn.Module, outputs: Any, rotated: bool) -> DensePredictions:
             f'{type(head).__name__} returned boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)} on '
             f'{len(sizes)} levels, which does not fit reg_max={bins}, nc={head.nc} and {len(strides)} strides.'
         )
-    boxes, scores = boxes.transpose(1, 2), scores.transpose(1, 2)
+    flat = [boxes.transpose(1, 2), scores.transpose(1, 2)]
+    if masks:
+        flat.append(_full(raw['mask_coefficient']).transpose(1, 2))
     order = sorted(range(len(strides)), key=strides.__getitem__)
     if order != list(range(len(strides))):
         lengths = [h * w for h, w in sizes]
-        boxes, scores = (torch.cat([t.split(lengths, 1)[i] for i in order], 1) for t in (boxes, scores))
+        flat = [torch.cat([t.split(lengths, 1)[i] for i in order], 1) for t in flat]
+    boxes, scores = flat[:2]
     sizes, strides = [sizes[i] for i in order], [strides[i] for i in order]
     dist = boxes.unflatten(2, (4, bins)) if bins > 1 else None
     ltrb = boxes if dist is None else expected_distance(dist)
@@ -118,8 +131,16 @@ def _read(head: nn.Module, outputs: Any, rotated: bool) -> DensePredictions:
         dist=dist,
         box=ltrb if rotated else None,
         box_coding=ROTATED if rotated else None,
+        coefficients=flat[2] if masks else None,
         absent=absent,
+        unread=_besides(head, rotated),
     )
+
+
+def _besides(head: nn.Module, rotated: bool) -> tuple[str, ...]:
+    """What a head predicts that no term teaches."""
+    found = ['keypoints'] if hasattr(head, 'kpt_shape') else []
+    return (*found, 'angles') if rotated else tuple(found)
 
 
 def expected_distance(dist: Tensor) -> Tensor:
@@ -168,34 +189,44 @@ def head_of(model: nn.Module) -> nn.Module:
     return list(layers.children())[-1]
 
 
-def family_of(model: nn.Module, who: str) -> str:
-    """``'dense'`` or ``'classify'``: how a model is distilled.
+def head_path(model: nn.Module) -> str:
+    """Dotted path of the head."""
+    return f'model.{len(list(model.model.children())) - 1}'
+
+
+def is_end_to_end(head: nn.Module) -> bool:
+    """Whether a head has a one-to-one branch besides the other (YOLOv10, YOLO26)."""
+    return getattr(head, 'one2one_cv2', None) is not None
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model predicts classes of whole images."""
+    return readable(head_of(model), ClassPredictions)
+
+
+def refuse_unsupported(model: nn.Module, who: str) -> None:
+    """Refuse a model whose head cannot be read.
 
     Args:
         model: The unwrapped model.
         who: ``'student'`` or ``'teacher'``, for the message.
 
     Raises:
-        DistillError: Its head cannot be distilled; the message says which can.
+        DistillError: The message says which can.
     """
     head = head_of(model)
-    # By name along the inheritance: nothing of Ultralytics is imported here.
-    if type(head).__name__ == 'Classify':
-        return 'classify'
-    try:
-        find_reader(head)
-    except DistillError as error:
+    if not any(readable(head, form) for form in (DensePredictions, ClassPredictions)):
         raise DistillError(
             f'The {who} has the head {type(head).__name__}, which cannot be distilled; supported are {SUPPORTED}, not '
             'RT-DETR, YOLO-World / YOLOE, semantic segmentation or depth.'
-        ) from error
-    return 'dense'
-
-
-def is_rotated(predictions: DensePredictions) -> bool:
-    """Whether these come from an oriented head."""
-    return predictions.box_coding == ROTATED
+        )
 
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@register_reader('ultralytics.Classify', form=ClassPredictions)
+def read_classify(head: nn.Module, outputs: Any, *, training: bool) -> ClassPredictions:
+    """The logits: all that the head returns in training, the second of (probabilities, logits) in evaluation."""
+    return ClassPredictions(outputs[-1] if isinstance(outputs, (tuple, list)) else outputs)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kd_plugins.distiller.schedules import build_schedule
-from kd_plugins.distiller.terms import build_named
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.errors import DistillError, check_keys, nearest, shown
+from kd_plugins.teachers.run import RunOptions
 
 BRANCH_CHOICES = ('one2many', 'one2one', 'both')
 
 #: Short names of losses, by option. ``dict(type=...)`` names any other loss with all of its own options.
+#: ``'auto'`` stands for the first one; of classify models see `DistillOptions.expand`.
 SHORT_LOSSES: dict[str, dict[str, dict[str, Any]]] = {
     'cls_loss': {
         'bce': dict(type='BinaryKLDivLoss'),
@@ -23,6 +25,7 @@ SHORT_LOSSES: dict[str, dict[str, dict[str, Any]]] = {
         'hard': dict(type='HardLabelLoss'),
     },
     'box_loss': {
+        'auto': dict(type='AutoBoxLoss'),
         'ld': dict(type='LocalizationDistillLoss'),
         'iou': dict(type='BoxIoULoss'),
         'l1': dict(type='BoxL1Loss'),
@@ -30,6 +33,10 @@ SHORT_LOSSES: dict[str, dict[str, dict[str, Any]]] = {
     },
     'feature_loss': {
         'mse': dict(type='FeatureMSELoss'),
+        'cwd': dict(type='ChannelWiseDivLoss'),
+        'pkd': dict(type='PearsonLoss'),
+        'mgd': dict(type='MGDLoss'),
+        'cosine': dict(type='CosineFeatureLoss'),
     },
 }
 
@@ -44,19 +51,28 @@ class DistillOptions:
     Attributes:
         teacher: The teacher's ``.pt`` file, or the name of an official model; or a model of another framework:
             ``dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(timm='resnet50', checkpoint='x.pth')``.
+        teachers: Several of them by name, ``{big: x.pt, small: m.pt}``; ``terms`` say ``teacher: 'big:head'``.
+        terms: What is distilled, in full: ``{name: {loss: {type: ...}, student: tap, teacher: tap, adapter: auto,
+            weight: 1.0, ...}}`` as in MMEngine's hook. Taps are ``head``, ``neck``, ``backbone``, ``stages[i]``,
+            ``model.<layer>``. The options ``cls`` to ``feature`` are short for such terms; beside ``terms`` or a
+            ``recipe`` only those that are given count.
+        recipe: Name (or file) of a recipe whose terms are taken: ``cwd``, ``pkd``, ``mgd``, ``cosine``, ...
+        imports: Modules of your own losses, ``[my_package.losses]``.
+        alpha: Balance in [0, 1]: alpha x the KD losses + (1 - alpha) x the task loss while KD is on. None: both as
+            they are.
         cls: Weight of the class term. Default None: 1.
         box: Weight of the box term. Default None: 1 (0 for classify, which has no boxes).
         mask: Weight of the term on assembled masks. Default None: 1 when student and teacher are segment models
             (nothing else would teach their masks), else off.
         mask_topk: Masks compared per image, of the anchors that the teacher is most confident about.
-        feature: Weight of the term on the head's input features (neck outputs). Default None: off. There are no
-            trainable projectors in a callback, so the channels must be equal unless the loss does not compare them.
+        feature: Weight of the term on the head's input features (neck outputs). Default None: off. Other widths are
+            brought together by trained 1x1 convolutions, which are no part of the student.
         obj: Must stay 0: Ultralytics' heads have no objectness.
         cls_loss: ``'auto'`` (``'bce'``; ``'kl'`` for classify), ``'bce'``, ``'l2'``, for classify ``'kl'``, ``'dkd'``
             or ``'hard'``, or ``dict(type=...)``.
         box_loss: ``'auto'`` (``'ld'`` when both heads have the same bins, else ``'iou'``, or ``'l1'`` for rotated
             boxes), ``'ld'``, ``'iou'``, ``'l1'``, ``'l2'``, or ``dict(type=...)``.
-        feature_loss: ``'mse'`` or ``dict(type=...)``.
+        feature_loss: ``'mse'``, ``'cwd'``, ``'pkd'``, ``'mgd'``, ``'cosine'`` or ``dict(type=...)``.
         temperature: Of the class term; None: the loss's own default.
         box_temperature: Of localization distillation; None: its default (10).
         foreground: Weight positions by the teacher's confidence. False: all positions alike.
@@ -72,7 +88,12 @@ class DistillOptions:
         DistillError: A value cannot be right; without importing Ultralytics or looking at the file.
     """
 
-    teacher: str | Mapping[str, Any]
+    teacher: str | Mapping[str, Any] | None = None
+    teachers: Mapping[str, Any] | None = None
+    terms: Mapping[str, Any] | None = None
+    recipe: str | None = None
+    imports: Sequence[str] | None = None
+    alpha: float | None = None
     cls: Any = None
     box: Any = None
     mask: Any = None
@@ -93,9 +114,11 @@ class DistillOptions:
     trusted: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.teacher, (str, Mapping)) or not self.teacher:
+        if self.teachers is not None:
+            self._check_teachers()
+        elif not isinstance(self.teacher, (str, Mapping)) or not self.teacher:
             raise DistillError(
-                f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {self.teacher!r}."
+                f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {shown(self.teacher)}."
             )
         for name in ('cls', 'box', 'mask', 'feature'):
             if getattr(self, name) is not None:
@@ -128,10 +151,18 @@ class DistillOptions:
         if self.stop is not None and self.stop <= self.start:
             raise DistillError(f'stop ({self.stop}) must come after start ({self.start}).')
 
+    def _check_teachers(self) -> None:
+        if self.teacher is not None:
+            raise DistillError('teacher and teachers were both given; write all of them in teachers={name: file}.')
+        if not isinstance(self.teachers, Mapping) or not self.teachers:
+            raise DistillError(f'teachers must be {{name: file}}, got {self.teachers!r}.')
+        if self.terms is None and self.recipe is None:
+            raise DistillError("teachers need terms that say which one teaches what, e.g. teacher: 'big:head'.")
+
     def _check_loss(self, name: str, short: Mapping[str, Any]) -> None:
         value = getattr(self, name)
         if isinstance(value, str):
-            choices = (*short, *(['auto'] if name != 'feature_loss' else []))
+            choices = (*short, *(['auto'] if name == 'cls_loss' else []))
             if value not in choices:
                 raise DistillError(
                     f'{name} has no choice {value!r}: {nearest(value, choices)} dict(type=...) names any loss.'
@@ -169,7 +200,7 @@ class DistillOptions:
         if not isinstance(values, Mapping):
             raise DistillError(f'{where} must be a mapping of options, got {values!r}.')
         check_keys([str(k) for k in values], cls.names(), where)
-        if values.get('teacher') is None:
+        if values.get('teacher') is None and values.get('teachers') is None:
             raise DistillError(f"{where} needs 'teacher': the .pt file of the teacher.")
         return cls(**values)
 
@@ -181,30 +212,124 @@ class DistillOptions:
         """A copy with some options replaced."""
         return dataclasses.replace(self, **changes)
 
-    def build_loss(self, option: str, name: str | None = None) -> Any:
-        """Build the loss module that an option names.
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """The ``teacher`` mappings by name, as `kd_plugins.teachers.sources` has them; the only one is ``''``."""
+        given = {'': self.teacher} if self.teachers is None else self.teachers
+        found = {}
+        for name, teacher in given.items():
+            source = dict(teacher) if isinstance(teacher, Mapping) else {'ultralytics': teacher}
+            if 'ultralytics' in source:
+                source.setdefault('trusted', self.trusted)
+            if self.classes is not None:
+                source.setdefault('classes', list(self.classes))
+            found[name] = source
+        return found
+
+    def expand(
+        self, *, classifier: bool, end_to_end: bool, masks: bool, teacher_end_to_end: bool = False
+    ) -> RunOptions:
+        """What the run is told in full: the short options as terms.
+
+        Args:
+            classifier: Whether the student is a classify model.
+            end_to_end: Whether its head has two branches.
+            masks: Whether student and teacher both predict masks.
+            teacher_end_to_end: Whether the teacher's head has two branches; one that it has teaches both.
+
+        Raises:
+            DistillError: An option means nothing for such a student, or a loss cannot be built.
+        """
+        if not end_to_end and self.branch != 'one2many':
+            raise DistillError(
+                f'branch={self.branch!r}, but the student is not end-to-end: it has one branch; leave branch out.'
+            )
+        written = self.terms is not None or self.recipe is not None
+        if classifier:
+            if any(getattr(self, name) not in (None, 0) for name in ('box', 'mask', 'feature')):
+                raise DistillError(
+                    'A classify student has no boxes or pyramid: leave box, mask and feature out and use cls.'
+                )
+            short = {} if written and self.cls is None else {'cls': self._term('cls', 'cls_loss', 'kl')}
+        else:
+            short = self._dense_terms(written, masks)
+        terms = {}
+        for name, term in short.items():
+            # A weight of 0 is the plain way to leave a term out; with nothing else there it says that KD is off.
+            if term['weight'] != 0 or written or all(t['weight'] == 0 for t in short.values()):
+                terms.update(self._by_branch(name, term, end_to_end, teacher_end_to_end))
+        options = dict(
+            teachers=self.sources(),
+            terms={**terms, **(self.terms or {})},
+            recipe=self.recipe,
+            start=self.start or None,  # that of the recipe, if it has one
+            stop=self.stop,
+            alpha=self.alpha,
+            class_map=self.class_map,
+            imports=self.imports,
+        )
+        return RunOptions.read(options, 'classification' if classifier else 'detection', 'the distillation')
+
+    def _dense_terms(self, written: bool, masks: bool) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, default in (('cls', 'bce'), ('box', 'auto')):
+            if getattr(self, name) is not None or not written:
+                found[name] = self._term(name, f'{name}_loss', default)
+        if self.mask not in (None, 0) and not masks:
+            raise DistillError(
+                'mask: student and teacher must both predict masks; leave mask out, or use two segment models.'
+            )
+        if masks and self.mask != 0 and (self.mask is not None or not written):
+            found['mask'] = dict(loss=dict(type='MaskKLDivLoss', topk=self.mask_topk), **self._rest('mask', 'head'))
+        if self.feature is not None:
+            found['feature'] = dict(loss=self.loss('feature_loss'), **self._rest('feature', 'neck'))
+        return found
+
+    def _term(self, name: str, option: str, default: str) -> dict[str, Any]:
+        return dict(loss=self.loss(option, default), **self._rest(name, 'head'))
+
+    def _rest(self, name: str, tap: str) -> dict[str, Any]:
+        weight = getattr(self, name)
+        return dict(student=tap, teacher=tap, weight=1.0 if weight is None else weight)
+
+    def _by_branch(
+        self, name: str, term: dict[str, Any], end_to_end: bool, teacher_end_to_end: bool
+    ) -> dict[str, dict[str, Any]]:
+        """A term on the head for each branch that learns; the teacher's branch is the one of the same name, if any."""
+        if term['student'] != 'head' or not end_to_end or self.branch == 'one2many':
+            return {name: term}
+        branches = ('one2many', 'one2one') if self.branch == 'both' else (self.branch,)
+        names = {'one2many': name, 'one2one': name if self.branch == 'one2one' else f'{name}_one2one'}
+        return {
+            names[b]: {
+                **term,
+                'student': f'head.{b}',
+                'teacher': f'head.{b}' if teacher_end_to_end else 'head',
+            }
+            for b in branches
+        }
+
+    def loss(self, option: str, name: str | None = None) -> dict[str, Any]:
+        """The config of the loss that an option names.
 
         Args:
             option: ``'cls_loss'``, ``'box_loss'`` or ``'feature_loss'``.
             name: What ``'auto'`` stands for.
 
         Raises:
-            DistillError: Unknown loss or options that it does not have.
+            DistillError: Options that the loss does not have.
         """
-        import kd_plugins.losses as losses
-
         given = getattr(self, option)
-        written_out = isinstance(given, Mapping)
-        cfg = dict(given) if written_out else dict(SHORT_LOSSES[option][name if given == 'auto' else given])
-        if not written_out:
-            self._fill(cfg, losses, option)
-        elif option != 'feature_loss' and self._temperature(option) is not None:
+        if not isinstance(given, Mapping):
+            cfg = dict(SHORT_LOSSES[option][name if given == 'auto' and name is not None else given])
+            self._fill(cfg, option)
+            return cfg
+        if option != 'feature_loss' and self._temperature(option) is not None:
             raise DistillError(f'Write the temperature inside {option}, which is a dict, not beside it.')
-        return build_named(cfg, losses, option, 'loss')
+        return dict(given)
 
-    def _fill(self, cfg: dict[str, Any], losses: Any, option: str) -> None:
+    def _fill(self, cfg: dict[str, Any], option: str) -> None:
         """Add the options that stand beside a short name, where the loss has them."""
-        import inspect
+        import kd_plugins.losses as losses
 
         accepted = inspect.signature(getattr(losses, cfg['type'])).parameters
         if 'foreground' in accepted:

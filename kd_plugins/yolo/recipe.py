@@ -1,50 +1,63 @@
-"""Recipes: the kd.yaml that a user writes, and the one that a run leaves beside its args.yaml."""
+"""Recipes by name, the kd.yaml that a user writes, and the one that a run leaves beside its args.yaml."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.distiller import Session
+from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.recipes import TASKS, find_recipe, is_name, read_yaml
+from kd_plugins.teachers import load_checkpoint
+from kd_plugins.teachers.run import RunOptions
 from kd_plugins.yolo.options import DistillOptions
 
 FILE = 'kd.yaml'
-#: Options that are numbers (or schedules).
-NUMBERS = ('cls', 'box', 'mask', 'feature', 'temperature', 'box_temperature')
+#: Options that are short for terms.
+SHORT = (
+    'cls',
+    'box',
+    'mask',
+    'mask_topk',
+    'feature',
+    'cls_loss',
+    'box_loss',
+    'feature_loss',
+    'temperature',
+    'box_temperature',
+    'foreground',
+    'branch',
+)
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(DistillOptions)}
 
 
-def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a kd.yaml.
+def read_recipe(recipe: str | os.PathLike) -> dict[str, Any]:
+    """The options that a recipe sets.
 
     Args:
-        path: Of the file. A relative ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
+        recipe: The name of a recipe of the package, or a file: a kd.yaml, or a recipe of one's own with a body for each
+            task. A relative ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
 
     Returns:
-        The options that it sets; their values are not checked yet.
+        The options; their values are not checked yet. What is a body for each task is left to the ``recipe`` option,
+        as the task is not known here.
 
     Raises:
-        DistillError: There is no such file, it is not a YAML mapping, or has an unknown key.
+        DistillError: There is no such recipe, it is not a YAML mapping, or has an unknown key.
     """
-    from ultralytics.utils import YAML
-
-    path = Path(path).expanduser()
-    if not path.is_file():
-        folder = path.parent
-        files = [f.name for f in folder.glob('*.y*ml')] if folder.is_dir() else []
-        raise DistillError(f'recipe {str(path)!r} does not exist; in {str(folder)!r}: {nearest(path.name, files)}')
-    if path.suffix.lower() not in ('.yaml', '.yml'):
-        raise DistillError(f'recipe {str(path)!r} is not a .yaml file.')
-    try:
-        values = YAML.load(path)
-    except Exception as error:
-        first = ' '.join(str(error).split())
-        raise DistillError(f'recipe {str(path)!r} is not valid YAML: {first}') from error
-    if not isinstance(values, Mapping):
-        raise DistillError(f'recipe {str(path)!r} must be a mapping such as "teacher: yolo11x.pt".')
-    check_keys([str(k) for k in values], DistillOptions.names(), f'recipe {str(path)!r}')
-    return {k: _number(v) if k in NUMBERS else v for k, v in values.items()}
+    path = find_recipe(recipe, 'kd')
+    if is_name(recipe):
+        return {'recipe': str(recipe)}
+    where = f'recipe {str(recipe)!r}'
+    values = read_yaml(path, where)
+    if set(TASKS) & set(values):
+        return {'recipe': str(path.absolute())}
+    check_keys([str(k) for k in values], DistillOptions.names(), where)
+    return values
 
 
 def read_options(path: str | os.PathLike) -> DistillOptions:
@@ -78,6 +91,7 @@ def recipe_of_run(checkpoint: str | os.PathLike) -> str:
         folders += _recorded_folder(checkpoint)
     for folder in folders:
         if (folder / FILE).is_file():
+            _refuse_leftover(folder / FILE, checkpoint)
             return str(folder / FILE)
     raise DistillError(
         f'the run in {str(folders[-1])!r} has no {FILE}, so how it was distilled is not known; restore the file or '
@@ -85,25 +99,57 @@ def recipe_of_run(checkpoint: str | os.PathLike) -> str:
     )
 
 
-def write_recipe(path: str | os.PathLike, options: DistillOptions) -> None:
-    """Record the options of a run; a file that says the same, perhaps with comments, is left alone."""
+def write_recipe(path: str | os.PathLike, options: DistillOptions, run: RunOptions, session: Session) -> None:
+    """Record what a run distils, in full; a file that says the same, perhaps in short and with comments, is left alone.
+
+    Args:
+        path: Of the file.
+        options: The options of the callback.
+        run: What they stand for.
+        session: The checked session: a loss that stood for another has been replaced.
+    """
     from ultralytics.utils import YAML
 
     path = Path(path)
+    full = _in_full(options, run, session)
     try:
-        same = read_options(path).to_dict() == options.to_dict()
+        known = read_options(path)
     except DistillError:
-        same = False
-    if not same:
-        YAML.save(path, options.to_dict())
+        known = None
+    if known not in (options, full):
+        YAML.save(path, {k: v for k, v in full.to_dict().items() if v != _DEFAULTS.get(k)})
 
 
-def _number(value: Any) -> Any:
-    """YAML takes ``1e-3`` for text: it wants a point and a sign, ``1.0e-3``."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> DistillOptions:
+    terms = {}
+    for name, cfg in run.terms.items():
+        loss = session.terms[name].loss if name in session.terms else None
+        written = cfg['loss']['type'] if isinstance(cfg, Mapping) else None
+        terms[name] = dict(cfg)
+        if loss is not None and isinstance(written, str) and type(loss).__name__ != written.rpartition('.')[2]:
+            accepted = inspect.signature(type(loss)).parameters
+            terms[name]['loss'] = {
+                'type': type(loss).__name__,
+                **{k: getattr(loss, k) for k in accepted if hasattr(loss, k)},
+            }
+    short = {name: _DEFAULTS[name] for name in SHORT}
+    return options.replace(
+        **short, terms=terms, recipe=None, start=run.window.start, stop=run.window.stop, alpha=run.alpha
+    )
+
+
+def _refuse_leftover(recipe: Path, checkpoint: Path) -> None:
+    """Refuse a kd.yaml of an earlier run in the same folder: a distilled run's checkpoint has the columns of its terms.
+
+    Raises:
+        DistillError: The checkpoint is of a run that was not distilled.
+    """
+    results = load_checkpoint(str(checkpoint), 'resume').get('train_results')
+    if isinstance(results, Mapping) and results and not any(str(k).startswith('train/kd') for k in results):
+        raise DistillError(
+            f'{str(recipe)!r} is left over from another run: {str(checkpoint)!r} was trained without distillation; '
+            f'resume it with yolo train resume, or name the file, kd={recipe!s}, to distil from here on.'
+        )
 
 
 def _recorded_folder(checkpoint: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.teachers import PixelFormat
 from kd_plugins.teachers.network import image_size
-from kd_plugins.yolo.heads import BRANCHES, family_of, head_of
+from kd_plugins.yolo.heads import BRANCHES
 from kd_plugins.yolo.teacher import find_teacher, load_teacher
 
 KEYS = ('ultralytics', 'classes', 'branch', 'trusted', 'input_size')
@@ -34,7 +34,7 @@ def find(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[str]]:
-    """Load a detector or classifier; its head can be tapped as ``bbox_head``, as in the MM family, or ``logits``.
+    """Load a detector or classifier.
 
     With ``input_size``, pixels or ``(height, width)``, a classifier sees the batch resized, else as it is.
 
@@ -44,14 +44,10 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
     teacher = load_teacher(
         cfg['ultralytics'],
         student,
-        branches=(cfg.get('branch', 'one2many'),),
-        feats=False,
+        branch=cfg.get('branch', 'one2many'),
         trusted=cfg.get('trusted', False),
         size=image_size(cfg.get('input_size'), 'teacher.input_size'),
     )
-    # A second name for the same module, on this private copy.
-    teacher.head = 'bbox_head' if family_of(teacher.model, 'teacher') == 'dense' else 'logits'
-    teacher.model.add_module(teacher.head, head_of(teacher.model))
     if cfg.get('classes') is not None:
         if len(cfg['classes']) != teacher.num_classes:
             raise DistillError(

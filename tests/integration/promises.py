@@ -44,7 +44,7 @@ def read(path: str) -> Any:
 
 def adapters_of(runner: Runner) -> dict[str, torch.Tensor]:
     """State of a run's adapters."""
-    return distill_hook(runner).distiller.bank.export_state()
+    return distill_hook(runner).session.bank.export_state()
 
 
 def resumed(config: Config) -> Config:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kd_plugins.adapters import as_map, attention_map
-from kd_plugins.distiller import Capture, Distiller, Tap, build_terms
+from kd_plugins.distiller import Capture, Session, Tap, build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassLogits
 from kd_plugins.teachers import FrozenTeacher
@@ -221,9 +221,9 @@ def learn(student, teacher, size, /, **term):
     torch.manual_seed(0)
     student, teacher = student.train(), teacher.eval()
     held = FrozenTeacher(teacher, run, lambda inputs, samples: inputs, name='net')
-    distiller = Distiller(student, held, build_terms(dict(term=term)))
+    distiller = Session(student, held, build_terms(dict(term=term)))
     inputs = torch.randn(2, 3, *size)
-    (row,) = distiller.dry_run(inputs, None, run)
+    (row,) = distiller.check(inputs, None)
     with distiller.capture() as capture:
         student(inputs)
     value = distiller.losses(capture, inputs, None)['loss_kd_term']

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 
+from kd_plugins.cli import main
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
 from tests.integration.synthetic import Watch, dataloader, resnet18, save_teacher, short_run, train, write_coco, yolox
@@ -539,7 +540,7 @@ def test_checkpoint_with_the_raw_weights_of_mmdet_2_ema(files, tmp_path):
     run.distill.teacher.checkpoint = str(tmp_path / 'mmdet2.pth')
     watch, runner = train(run.finish())
     assert watch.steps == 2
-    taught = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller.teacher
+    taught = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session.teacher
     assert not any((p == 7).all() for p in taught.model.parameters())
 
 
@@ -584,7 +585,7 @@ def test_command_line_ends_with_one_sentence(arguments, words, plain_config, fil
         config.pop('auto_scale_lr')
         config.dump(plain_config)
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: cli.train(argv))
+        main(['train', *argv])
     message = caught.value.code
     assert isinstance(message, str) and message.startswith('error: ') and '\n' not in message
     assert all(word in message for word in words), message
@@ -608,4 +609,4 @@ def test_command_in_a_process_of_its_own(plain_config, files, tmp_path):
 
 def test_evaluation_of_a_missing_checkpoint(plain_config, files):
     with pytest.raises(SystemExit, match=r"plani\.pth' does not exist; did you mean .*plain\.pth'"):
-        cli.run(lambda: cli.test([plain_config, f'{files}/plani.pth']))
+        main(['test', plain_config, f'{files}/plani.pth'])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 
+from kd_plugins.cli import main
 from kd_plugins.errors import DistillError
-from kd_plugins.mm import cli
 from tests.integration.cls_lab import CLASSES, SIZE, ClsLab
 from tests.integration.lab import Probe
 
@@ -1165,7 +1165,7 @@ CASES = [
         term(),
         'model.checkpoint',
         'does not fit ResNet',
-        'check model and its options',
+        'check model.model with its options',
         edit=starts_from(weights_of('vit')),
     ),
     case('start damaged', term(), 'model.checkpoint', 'not a readable checkpoint', edit=starts_from(half)),
@@ -1249,9 +1249,8 @@ COMMANDS = {
     'timm without weights': ('--kd kl --teacher timm::resnet18', '--teacher-checkpoint is missing'),
     'a bare name': ('--kd kl --teacher resnet18 --teacher-checkpoint x', "'resnet18' is no file", 'timm::resnet18'),
     'no such export': ('--kd kl --teacher x.pt2', "teacher.exported 'x.pt2' does not exist"),
-    'a recipe of detectors': ('--kd yolo_logit {weights}', "student 'bbox_head'", "a classifier are 'logits'"),
-    'a recipe of segmentors': ('--kd pixel_kl {weights}', "student 'decode_head'", "a classifier are 'logits'"),
-    'a recipe of feature maps': ('--kd feature {weights}', "student 'neck'", "'stages[-1]'"),
+    'a recipe of detectors': ('--kd yolo_logit {weights}', 'is for detection, not for classification', "'deit_hard'"),
+    'a recipe of segmentors': ('--kd pixel_kl {weights}', 'is for segmentation, not for classification', "'kl'"),
     'misspelt recipe': ('--kd deit_tokn {weights}', "'deit_tokn'", "did you mean 'deit_token'"),
     'misspelt data set': (
         '--cfg-options train_dataloader.dataset.type=kd_plugins.ImageFoldr',
@@ -1276,7 +1275,7 @@ COMMANDS = {
 def run(argv):
     """What the command line ends with."""
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: cli.train(argv))
+        main(['train', *argv])
     return caught.value.code
 
 
@@ -1328,6 +1327,7 @@ def test_the_command_ends_with_one_line(odd_lab):
 )
 def test_a_classifier_does_not_teach_a_detector(odd_lab, teacher, value, says):
     from kd_plugins.mm.setup import build_distiller
+
     from kd_plugins.mm.teacher import build_teacher
     from tests.integration.synthetic import build, yolox
 

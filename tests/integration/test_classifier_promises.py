@@ -175,7 +175,7 @@ def runs(cls_lab):
     found, prints = {}, []
 
     def check(runner):
-        teacher = distill_hook(runner).distiller.teacher
+        teacher = distill_hook(runner).session.teacher
         assert runner.model.training and not [n for n, m in teacher.model.named_modules() if m.training]
         prints.append(teacher.fingerprint())
 
@@ -242,7 +242,7 @@ def test_the_teacher_stays_as_its_file_says(cls_lab, runs):
     stored = read(cls_lab.teacher()['checkpoint'])['state_dict']
     for (_, form), (runner, _) in found.items():
         if form != 'plain':
-            model = distill_hook(runner).distiller.teacher.model
+            model = distill_hook(runner).session.teacher.model
             assert difference(stored, model.state_dict()) == {}
             assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
@@ -590,7 +590,7 @@ def test_recipes(cls_lab, recipe, command):
     runner = command(
         cli.train, path, '--kd', recipe, '--teacher', teacher['config'], '--teacher-checkpoint', teacher['checkpoint']
     )
-    terms = distill_hook(runner).distiller.terms
+    terms = distill_hook(runner).session.terms
     assert {f'loss_kd_{name}' for name in terms} | {'kd_ratio'} <= logged(runner)
     assert all(runner.message_hub.get_scalar(f'train/loss_kd_{name}').current() > 0 for name in terms)
     assert type(runner.model).__name__ == 'DistilledTimmClassifier' or not adapters_of(runner)
@@ -634,7 +634,7 @@ def test_distilling_an_unedited_config_from_the_command_line(cls_lab, command):
     path = cls_lab.dump(cls_lab.plain('deit'))
     runner = command(cli.train, path, '--cfg-options', *(f'default_hooks.distill.{k}={v}' for k, v in options.items()))
     assert {'loss_kd_token', 'kd_ratio'} <= logged(runner)
-    assert distill_hook(runner).distiller.terms['token'].loss.temperature == 3.0
+    assert distill_hook(runner).session.terms['token'].loss.temperature == 3.0
 
 
 class Small(nn.Sequential):
@@ -675,7 +675,7 @@ def test_teachers_of_other_kinds_from_the_command_line(cls_lab, kind, command, t
     path = cls_lab.dump(config)
     runner = command(cli.train, path, '--kd', 'deit_token', '--teacher', *foreign_teacher(kind, tmp_path))
     assert runner.message_hub.get_scalar('train/loss_kd_token').current() > 0
-    assert distill_hook(runner).distiller.teacher.num_classes == len(CLASSES)
+    assert distill_hook(runner).session.teacher.num_classes == len(CLASSES)
     for file in tmp_path.iterdir():
         file.unlink()
     _, metrics = command(cli.test, path, *trained(config))
@@ -690,4 +690,4 @@ def test_a_teacher_of_other_classes(cls_lab, family, form, terms):
     config = cls_lab.plain(family, train_dataloader__batch_size=16)
     runner, logs = train(cls_lab, distilled(cls_lab, config, form, terms, teacher=teacher))
     assert all(is_on(log, terms) for log in logs)
-    assert distill_hook(runner).distiller.classes == ([0, 1, 3], [1, 3, 0])
+    assert distill_hook(runner).session.classes == ([0, 1, 3], [1, 3, 0])

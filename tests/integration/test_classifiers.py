@@ -87,7 +87,7 @@ def test_weights_go_to_timm_and_back(cls_lab, tmp_path):
     path = f'{runner.work_dir}/epoch_1.pth'
     options = {k: v for k, v in config.model.items() if k not in ('type', 'model', 'input_size')}
     net = timm.create_model(config.model.model, img_size=SIZE, **options)
-    state, _ = find_weights(load_checkpoint(path), path)
+    state = find_weights(load_checkpoint(path), path).state
     net.load_state_dict(state, strict=True)
     assert list(state) == list(net.state_dict())
     # MMEngine's own way to a file of weights alone, which timm opens without trusting what is pickled in it.
@@ -154,7 +154,7 @@ def test_the_token_learns_from_the_teacher_and_the_class_head_from_labels(cls_la
     loss = dict(type='HardLabelLoss') if kind == 'hard' else dict(type='KLDivLoss', temperature=3.0)
     config = cls_lab.hook_form(cls_lab.plain('deit'), cls_lab.teacher(), dict(token={**TOKEN, 'loss': loss}), alpha=0.5)
     runner, logs, batches = probe_run(cls_lab, config)
-    teacher = distill_hook(runner).distiller.teacher.model
+    teacher = distill_hook(runner).session.teacher.model
     assert len(logs) == 4
     for log, batch in zip(logs, batches, strict=True):
         images, labels = batch['inputs'], torch.stack([s.gt_label for s in batch['data_samples']])
@@ -232,7 +232,7 @@ def test_the_teacher_sees_the_mixed_images(cls_lab, loss, mixup):
     )
     config.model.drop_path_rate = 0.0
     runner, logs, batches = probe_run(cls_lab, config)
-    teacher = distill_hook(runner).distiller.teacher.model
+    teacher = distill_hook(runner).session.teacher.model
     function = getattr(losses, loss['type'])(**{k: v for k, v in loss.items() if k != 'type'})
     student, known = runner.model.data_preprocessor, teacher.data_preprocessor
     for log, batch in zip(logs, batches, strict=True):
@@ -259,7 +259,7 @@ def test_classes_are_matched_by_name_and_unknown_images_left_out(cls_lab):
     )
     config.model.drop_path_rate = 0.0
     runner, logs, batches = probe_run(cls_lab, config)
-    distiller = distill_hook(runner).distiller
+    distiller = distill_hook(runner).session
     assert distiller.classes == ([0, 1, 3], [1, 3, 0])
     import kd_plugins.losses as losses
 
@@ -293,7 +293,7 @@ def test_a_teacher_of_another_resolution(cls_lab, size):
     teacher = cls_lab.teacher('vit', extra=extra)
     runner, logs, batches = probe_run(cls_lab, cls_lab.hook_form(cls_lab.plain(), teacher))
     seen = []
-    model = distill_hook(runner).distiller.teacher
+    model = distill_hook(runner).session.teacher
     model.model.net.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
     model(batches[0]['inputs'], None, ['logits'])
     assert seen == [(size, size)]
@@ -325,7 +325,7 @@ def test_attention_of_a_vit_teaches_a_cnn(cls_lab):
     probe = Probe()
     runner = cls_lab.train(cls_lab.hook_form(cls_lab.plain(), cls_lab.teacher('vit'), dict(attention=term)), probe)
     assert all(log['loss_kd_attention'] > 0 for log in probe.logs)
-    teacher = distill_hook(runner).distiller.teacher.model
+    teacher = distill_hook(runner).session.teacher.model
     assert teacher.net.blocks[3].attn.fused_attn
 
 
@@ -430,7 +430,7 @@ def test_a_projector_compares_the_classes_that_both_know(cls_lab):
     )
     config = cls_lab.plain(train_dataloader__batch_size=1)
     runner, logs, batches = probe_run(cls_lab, cls_lab.model_form(config, teacher, dict(branch=term)))
-    distiller = distill_hook(runner).distiller
+    distiller = distill_hook(runner).session
     assert distiller.classes == ([0, 1, 3], [1, 3, 0])
     labels = [batch['data_samples'][0].gt_label.item() for batch in batches]
     assert [log['loss_kd_branch'] > 0 for log in logs] == [label != 2 for label in labels]

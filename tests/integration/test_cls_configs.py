@@ -104,7 +104,7 @@ def prepare(path, run_folder, weights):
 
 
 def distiller_of(runner):
-    return next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller
+    return next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
 
 
 # ---------------------------------------------------------------------- what the files say

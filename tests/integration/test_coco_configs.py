@@ -92,7 +92,7 @@ def test_recipe_trains_one_step(path, coco, checkpoints, tmp_path):
     config.default_hooks.checkpoint = None
     watch, runner = train(config, Watch(stop_after=1))
 
-    model, distiller = runner.model, next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller
+    model, distiller = runner.model, next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
     assert type(model).__name__ == ('Distilled' if form == 'model' else '') + architecture
     size = sum(p.numel() for n, p in model.named_parameters() if not n.startswith('kd_adapters'))
     assert size / 1e6 == pytest.approx(student_size, abs=0.06)

@@ -30,7 +30,7 @@ def run(student, teacher, data, work_dir, terms=TERMS, classes=STUDENT_CLASSES):
     config.default_hooks.checkpoint = None
     config.randomness = dict(seed=0)
     watch, runner = train(config)
-    return watch, next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller
+    return watch, next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
 
 
 @pytest.mark.parametrize(

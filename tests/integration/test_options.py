@@ -41,7 +41,7 @@ def test_bf16_autocast(lab, form):
     _, full = train(lab, distilled(lab, form))
     amp = distilled(lab, form, optim_wrapper__type='Bf16OptimWrapper')
     runner, half = train(lab, amp)
-    names = list(distill_hook(runner).distiller.terms)
+    names = list(distill_hook(runner).session.terms)
     assert_distilled(half, names)
     for name in names:
         key = f'loss_kd_{name}'
@@ -67,8 +67,8 @@ def test_fp16_autocast_with_loss_scaling(lab, form):
     runner, logs = train(
         lab, distilled(lab, form, optim_wrapper__type='AmpOptimWrapper', optim_wrapper__loss_scale='dynamic')
     )
-    assert_distilled(logs, distill_hook(runner).distiller.terms)
-    assert next(distill_hook(runner).distiller.teacher.model.parameters()).is_cuda
+    assert_distilled(logs, distill_hook(runner).session.terms)
+    assert next(distill_hook(runner).session.teacher.model.parameters()).is_cuda
 
 
 NO_TASK = """
@@ -96,7 +96,7 @@ def test_gradient_accumulation_equals_the_large_batch(lab):
         config.train_dataloader.sampler.shuffle = False
         runner, logs = train(lab, lab.model_form(config, lab.teacher(), BOTH))
         assert_distilled(logs, BOTH)
-        adapters = {f'adapters.{k}': v for k, v in distill_hook(runner).distiller.bank.export_state().items()}
+        adapters = {f'adapters.{k}': v for k, v in distill_hook(runner).session.bank.export_state().items()}
         states.append({**student_only(weights(runner)), **adapters})
     far = difference(*states)
     assert max(far.values(), default=0) < 1e-6, max(far.items(), key=lambda kv: kv[1])
@@ -181,7 +181,7 @@ def test_paramwise_options_stay_the_students(lab, form):
     options = dict(optim_wrapper__paramwise_cfg=rules, param_scheduler=[])
     plain, _ = train(lab, lab.plain(**options))
     runner, logs = train(lab, distilled(lab, form, **options))
-    assert_distilled(logs, distill_hook(runner).distiller.terms)
+    assert_distilled(logs, distill_hook(runner).session.terms)
 
     def rates(runner):
         names = {id(p): n for n, p in runner.model.named_parameters()}
@@ -212,7 +212,7 @@ def test_compiled_training_equals_eager_training(lab, form):
     torch._dynamo.reset()
     one, eager = train(lab, config())
     other, compiled = train(lab, config(compile=dict(backend='eager')))
-    assert_distilled(compiled, distill_hook(other).distiller.terms)
+    assert_distilled(compiled, distill_hook(other).session.terms)
     for ours, theirs in zip(compiled, eager, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert max(difference(weights(one), weights(other)).values(), default=0) < 1e-5

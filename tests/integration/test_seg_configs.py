@@ -115,7 +115,7 @@ def test_recipe_trains_one_step(path, pictures, checkpoints, tmp_path):
     options.teacher.checkpoint = checkpoints(options.teacher, classes_of(dataset))
     watch, runner = train(small(config, pictures, dataset, tmp_path), Watch())
 
-    distiller = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller
+    distiller = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
     assert type(runner.model).__name__ == 'EncoderDecoder'
     assert sum(p.numel() for p in runner.model.parameters()) / 1e6 == pytest.approx(student_size, abs=0.06)
     assert distiller.teacher.parameters_count / 1e6 == pytest.approx(teacher_size, abs=0.06)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from mmengine.hooks import Hook
 
+from kd_plugins.cli import main
 from kd_plugins.errors import DistillError
-from kd_plugins.mm import cli
 from kd_plugins.mm.configs import resolve_config
 from tests.integration.seg_lab import CLASSES, SegLab
 
@@ -552,7 +552,7 @@ def test_the_command_line_ends_with_one_sentence(odd_lab, name):
     argv = [odd_lab.dump(odd_lab.plain(case.student, **dict(case.plain))), '--kd', str(recipe)]
     argv += ['--teacher', teacher['config'], '--teacher-checkpoint', teacher['checkpoint']]
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: cli.train(argv))
+        main(['train', *argv])
     message = caught.value.code
     assert message.startswith('error: ') and '\n' not in message
     assert all(word in message for word in case.says), message

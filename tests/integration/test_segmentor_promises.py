@@ -131,7 +131,7 @@ def runs(seg_lab):
     found, prints = {}, []
 
     def check(runner):
-        teacher = distill_hook(runner).distiller.teacher
+        teacher = distill_hook(runner).session.teacher
         assert runner.model.training and not [n for n, m in teacher.model.named_modules() if m.training]
         prints.append(teacher.fingerprint())
 
@@ -179,7 +179,7 @@ def test_the_teacher_stays_as_its_file_says(seg_lab, runs):
     assert len(prints) == 8 and len(set(prints)) == 1
     stored = read(seg_lab.teacher()['checkpoint'])['state_dict']
     for form in FORMS:
-        model = distill_hook(found[form][0]).distiller.teacher.model
+        model = distill_hook(found[form][0]).session.teacher.model
         assert difference(stored, model.state_dict()) == {}
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
@@ -495,11 +495,11 @@ def test_a_teacher_of_other_classes_in_the_model_form(seg_lab):
     terms = dict(features=FEATURES, logits=LOGITS, cwd=CWD)
     runner, logs = train(seg_lab, seg_lab.model_form(seg_lab.plain(), teacher, terms))
     assert all(is_on(log, terms) for log in logs)
-    assert distill_hook(runner).distiller.classes == ([0, 1, 3], [3, 4, 1])
+    assert distill_hook(runner).session.classes == ([0, 1, 3], [3, 4, 1])
 
 
 def test_features_need_no_common_classes(seg_lab):
     """A backbone that was trained on other classes can teach one."""
     runner, logs = train(seg_lab, seg_lab.model_form(seg_lab.plain(), seg_lab.teacher(classes=7)))
     assert all(is_on(log, ['features']) for log in logs)
-    assert distill_hook(runner).distiller.classes is None
+    assert distill_hook(runner).session.classes is None

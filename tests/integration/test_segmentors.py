@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_tensors_that_the_models_compute(seg_lab, family
 
     runner = seg_lab.train(seg_lab.hook_form(config, seg_lab.teacher(family)), probe, Freeze())
     inputs, samples = probe.seen[0]
-    teacher = distill_hook(runner).distiller.teacher.model
+    teacher = distill_hook(runner).session.teacher.model
     with torch.no_grad():
         student_logits, teacher_logits = runner.model.eval()(inputs), teacher(inputs)
     target = torch.stack([s.gt_sem_seg.data[0] for s in samples])
@@ -142,7 +142,7 @@ def test_auxiliary_heads_and_cascade_stages_are_taps(seg_lab):
     for log in probe.logs:
         assert log['loss_kd_default'] == log['loss_kd_last'] > 0
         assert 0 < log['loss_kd_first'] != log['loss_kd_last']
-    assert distill_hook(runner).distiller.student_modules == ['decode_head.0', 'decode_head.1']
+    assert distill_hook(runner).session.student_modules == ['decode_head.0', 'decode_head.1']
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -241,12 +241,12 @@ def test_classes_are_matched_by_name_and_pixels_the_teacher_cannot_know_are_left
     probe = Batches()
     teacher = {**seg_lab.teacher(), 'classes': names}
     runner = seg_lab.train(seg_lab.hook_form(config, teacher), probe, Freeze())
-    assert distill_hook(runner).distiller.classes == ([0, 1, 3], [2, 3, 0])
+    assert distill_hook(runner).session.classes == ([0, 1, 3], [2, 3, 0])
     squares = 0
     for (inputs, samples), log in zip(probe.seen, probe.logs, strict=True):
         with torch.no_grad():
             ours = runner.model.eval()(inputs)[:, [0, 1, 3]]
-            theirs = distill_hook(runner).distiller.teacher.model(inputs)[:, [2, 3, 0]]
+            theirs = distill_hook(runner).session.teacher.model(inputs)[:, [2, 3, 0]]
         target = torch.stack([s.gt_sem_seg.data[0] for s in samples])
         small = interpolate(target[:, None].double(), size=ours.shape[-2:], mode='nearest-exact')[:, 0]
         squares += (small == 2).sum()
@@ -289,7 +289,7 @@ def test_the_heads_own_ignore_index_counts(seg_lab):
 
     class Spy(Probe):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
-            loss = distill_hook(runner).distiller.terms['logits'].loss
+            loss = distill_hook(runner).session.terms['logits'].loss
             forward = type(loss).forward
 
             def spy(student, teacher, target=None):
@@ -311,7 +311,7 @@ def test_teacher_of_another_normalisation_and_resolution(seg_lab):
 
     class Spy(Probe):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
-            distiller = distill_hook(runner).distiller
+            distiller = distill_hook(runner).session
             prepare = distiller.teacher._prepare
 
             def keep(inputs, samples):
@@ -334,7 +334,7 @@ def test_teacher_of_another_normalisation_and_resolution(seg_lab):
             continue
         expected = tuple(2 * s for s in student.shape[-2:]) if size == 2 else size
         assert tuple(seen.shape[-2:]) == expected
-        assert 'resized' in distill_hook(runner).distiller.teacher.normalization
+        assert 'resized' in distill_hook(runner).session.teacher.normalization
 
 
 TIMM = """

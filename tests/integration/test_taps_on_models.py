@@ -80,6 +80,6 @@ def test_what_the_student_computes_does_not_depend_on_being_tapped(lab):
         probe = Probe()
         runner = lab.train(lab.model_form(lab.plain(), lab.teacher(), dict(features=FEATURES, **extra)), probe)
         logs.append([{k: v for k, v in log.items() if 'stage' not in k} for log in probe.logs])
-    assert len(distill_hook(runner).distiller.student_modules) == 2
+    assert len(distill_hook(runner).session.student_modules) == 2
     assert logs[0] == logs[1]
     assert isinstance(runner.model, nn.Module)

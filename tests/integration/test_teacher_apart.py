@@ -26,12 +26,12 @@ def test_teacher_is_bit_identical_after_training(lab, form):
     prints, bits = [], []
 
     def check(runner):
-        teacher = distill_hook(runner).distiller.teacher
+        teacher = distill_hook(runner).session.teacher
         prints.append(teacher.fingerprint())
         bits.append({k: v.clone() for k, v in teacher.model.state_dict().items()})
 
     runner = run(lab, form, check)
-    teacher = distill_hook(runner).distiller.teacher
+    teacher = distill_hook(runner).session.teacher
     stored = torch.load(lab.teacher('gfl', extra=DROPOUT)['checkpoint'])['state_dict']
     assert len(prints) == 4 and len(set(prints)) == 1
     assert set(stored) == set(bits[-1])
@@ -45,7 +45,7 @@ def test_dropout_and_statistics_are_inactive_while_the_student_trains(lab, form)
 
     def check(runner):
         assert runner.model.training
-        teacher = distill_hook(runner).distiller.teacher
+        teacher = distill_hook(runner).session.teacher
         assert isinstance(teacher.model.neck.lateral_convs[0].norm, nn.BatchNorm2d)
         noisy = [m for m in teacher.model.modules() if getattr(m, 'p', 0) == 0.5 or getattr(m, 'drop_prob', 0) > 0.2]
         assert noisy
@@ -68,7 +68,7 @@ def _flat(value):
 @pytest.mark.parametrize('form', ['hook_form', 'model_form'])
 def test_teacher_is_in_no_module_tree_optimizer_or_average(lab, form):
     runner = lab.train(getattr(lab, form)(lab.plain(), lab.teacher()))
-    teacher = distill_hook(runner).distiller.teacher
+    teacher = distill_hook(runner).session.teacher
     theirs = {id(p) for p in teacher.model.parameters()} | {id(m) for m in teacher.model.modules()}
     sizes = [tuple(p.shape) for p in lab.build(lab.plain()).parameters()]
     adapters = getattr(runner.model, 'kd_adapters', nn.Module())
@@ -114,7 +114,7 @@ def test_copies_and_pickles_made_in_mid_training_leave_the_teacher_out(lab, form
     runner = lab.train(getattr(lab, form)(lab.plain(), lab.teacher()), Probe(check))
     plain = lab.build(lab.plain())
     assert sizes['copy'] == sum(p.numel() for p in runner.model.parameters())
-    teacher = sum(p.numel() for p in distill_hook(runner).distiller.teacher.model.parameters()) * 4
+    teacher = sum(p.numel() for p in distill_hook(runner).session.teacher.model.parameters()) * 4
     assert sizes['pickle'] < len(pickle.dumps(plain)) + 0.2 * teacher
 
 

@@ -111,7 +111,7 @@ def test_teacher_outputs_in_a_run_are_those_on_the_raw_images(lab):
     class Compare(Probe):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
             raw.update(copy.deepcopy(data_batch))
-            distiller = distill_hook(runner).distiller
+            distiller = distill_hook(runner).session
             if not checked:
                 inner = distiller._run_teacher
 
@@ -132,7 +132,7 @@ def test_teacher_outputs_in_a_run_are_those_on_the_raw_images(lab):
     runner = lab.runner(config, Compare())
     runner.train()
     assert len(checked) == 4
-    assert 'pad 5' in distill_hook(runner).distiller.teacher.normalization
+    assert 'pad 5' in distill_hook(runner).session.teacher.normalization
 
 
 def test_the_dry_run_is_no_noise_that_a_trained_detector_never_saw(lab):

@@ -51,7 +51,7 @@ def test_a_registered_loss_and_adapter_are_found(lab):
     probe = Probe()
     runner = lab.train(lab.model_form(lab.plain(), lab.teacher(), dict(mine=term)), probe)
     assert all(0 < log['loss_kd_mine'] <= 2 for log in probe.logs)
-    adapters = distill_hook(runner).distiller.bank
+    adapters = distill_hook(runner).session.bank
     assert sum(p.numel() for p in adapters.parameters()) == 3 * (16 * 32 * 9 + 32)
 
 
@@ -68,7 +68,7 @@ def test_a_loss_with_parameters_is_trained(lab):
     """Its parameters are in the bank, hence in the optimizer, the saved adapters and resume, and they move."""
     term = dict(FEATURES, loss=dict(type='LabWeightedLoss'))
     runner = lab.train(lab.model_form(lab.plain(), lab.teacher(), dict(mine=term)))
-    distiller = distill_hook(runner).distiller
+    distiller = distill_hook(runner).session
     state = distiller.bank.export_state()
     (key,) = [k for k in state if k.endswith('gain')]
     assert distiller.terms['mine'].loss.gain is dict(distiller.bank.named_parameters())[key]
@@ -118,7 +118,7 @@ def test_schedules_reach_weight_and_temperature(lab):
     values = []
 
     def check(runner):
-        distiller = distill_hook(runner).distiller
+        distiller = distill_hook(runner).session
         (only,) = distiller.terms.values()
         values.append((distiller.weight(only), only.loss.temperature))
 
@@ -135,7 +135,7 @@ def test_after_stop_the_teacher_is_not_run(lab, form):
     calls = []
 
     def check(runner):
-        teacher = distill_hook(runner).distiller.teacher
+        teacher = distill_hook(runner).session.teacher
         if not calls:
             teacher.model.register_forward_pre_hook(lambda *args: calls.append(runner.iter))
             teacher.model.backbone.register_forward_pre_hook(lambda *args: calls.append(runner.iter))

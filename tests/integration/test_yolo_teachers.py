@@ -131,7 +131,7 @@ def test_yolo_teaches_mmdet(teacher, tmp_path):
     )
     config.default_hooks.checkpoint = None
     watch, runner = synthetic.train(config)
-    distiller = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').distiller
+    distiller = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook').session
     assert distiller.classes == ([0, 2], [2, 0])
     assert watch.steps == 2 and all(losses['loss_kd_cls'] > 0 for losses in watch.losses)
     assert all(losses['loss_kd_box'] > 0 for losses in watch.losses)

@@ -39,6 +39,38 @@ RUN = dict(
 )
 
 
+#: Detectors of a few layers, whose building and compiling takes no time, by the widths of their pyramid's levels.
+FEW_LAYERS = """
+nc: 3
+{options}
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [{0}, 3, 2]]
+  - [-1, 1, Conv, [{1}, 3, 2]]
+  - [-1, 1, Conv, [{2}, 3, 2]]
+head:
+  - [[{levels}], 1, Detect, [nc]]
+"""
+
+
+def write_small(path, widths=(16, 32, 32), end_to_end=False, levels='2, 3, 4'):
+    """Write the yaml of a detector of a few layers.
+
+    Args:
+        path: Of the file.
+        widths: Channels at the strides 8, 16 and 32.
+        end_to_end: With two branches and without bins, as YOLO26.
+        levels: Layers that the head takes; layer ``i`` has the stride ``2 ** (i + 1)``.
+
+    Returns:
+        The path as text.
+    """
+    options = 'end2end: True\nreg_max: 1' if end_to_end else ''
+    Path(path).write_text(FEW_LAYERS.format(*widths, options=options, levels=levels))
+    return str(path)
+
+
 def write_data(root, names=tuple(COLOURS), images=8, size=64, task='detect', empty=0, seed=0):
     """Pictures with coloured rectangles in Ultralytics' layout.
 

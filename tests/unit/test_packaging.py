@@ -1,5 +1,6 @@
 """What users rely on when they install: metadata, a light import, and a base install that changes nothing of theirs."""
 
+import configparser
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Packages that mypy checks strictly.
+STRICT = ('adapters', 'errors', 'losses')
 FRAMEWORKS = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'ultralytics', 'timm', 'cv2')
 
 
@@ -35,7 +38,7 @@ def python(*arguments, **environment):
 
 
 def test_base_install_requires_no_framework(requirements):
-    assert requirements[''] == {'torch', 'numpy'}
+    assert requirements[''] == {'torch', 'numpy', 'pyyaml'}
 
 
 def test_base_install_never_lowers_torch():
@@ -47,7 +50,7 @@ def test_extras(requirements):
     assert requirements['mm'] >= {'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'}
     assert requirements['yolo'] == {'ultralytics'}
     assert requirements['timm'] == {'timm'}
-    assert requirements['dev'] >= {'pytest', 'ruff'}
+    assert requirements['dev'] >= {'mypy', 'pytest', 'ruff'}
     assert {'mm', 'yolo', 'timm', 'demo', 'dev', 'all'} == set(
         metadata.metadata('kd-plugins').get_all('Provides-Extra')
     )
@@ -105,6 +108,23 @@ def test_constraints_fit_the_extras():
     checked = {need.name for need in wanted if need.name in pins and need.specifier.contains(pins[need.name])}
     assert checked == {need.name for need in wanted if need.name in pins}
     assert checked >= {'torch', 'numpy', 'onedl-mmcv', 'onedl-mmdetection', 'ultralytics', 'timm'}
+
+
+def test_users_type_checkers_see_our_types():
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'setup.cfg')
+    assert 'py.typed' in config['options.package_data']['*'].split(', ')
+    assert (ROOT / 'kd_plugins' / 'py.typed').exists()
+
+
+def test_types_are_checked_strictly():
+    """A new package is strict from the start; only those that lean on untyped frameworks are excepted."""
+    tomllib = pytest.importorskip('tomllib')
+    config = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['mypy']
+    looser = [o for o in config['overrides'] if o.keys() & {'disable_error_code', 'ignore_errors'}]
+    modules = {module.split('.')[1] for o in looser for module in o['module'] if '.' in module}
+    assert config['strict'] and config['files'] == ['kd_plugins']
+    assert modules and not modules & set(STRICT) and 'kd_plugins.*' not in {m for o in looser for m in o['module']}
 
 
 def test_tests_cannot_install_behind_our_back():

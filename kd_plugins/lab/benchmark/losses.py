@@ -54,7 +54,7 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def map_losses() -> list[str]:
     """Names of the losses that compare two maps and need nothing else."""
     exported = [getattr(losses, name) for name in losses.__all__]
-    consumes = {x.__module__: x.consumes for x in exported if isinstance(x, type)}
+    consumes = {x.__module__: x.consumes for x in exported if isinstance(x, type) and issubclass(x, losses.DistillLoss)}
     functions = [x for x in exported if not isinstance(x, type) and consumes.get(x.__module__) in MAPS]
     return [f.__name__ for f in functions if _required(f) == 2]
 

@@ -132,8 +132,8 @@ class YOLOPair(Pair):
 
             def started(trainer: Any) -> None:
                 seconds, attaching = time.perf_counter() - began, marks[1] - marks[0]
-                teacher = callback.distiller.teacher.model if callback else None
-                runs[name] = Run(step_of(trainer), seconds, attaching, teacher)
+                teachers = callback.session.teachers.values() if callback else []
+                runs[name] = Run(step_of(trainer), seconds, attaching, [teacher.model for teacher in teachers])
                 start(others)
                 raise _Attached
 

@@ -132,8 +132,8 @@ def choose_images(guesses: Sequence[Sequence[int]], count: int) -> dict[str, lis
         Indices of images by headline: some that not all models take for the same class, whoever is right, and some
         that they do; both at even distances. A group without images is left out.
     """
-    guesses = np.asarray(guesses)
-    differ = (guesses != guesses[0]).any(0)
+    labels = np.asarray(guesses)
+    differ = (labels != labels[0]).any(0)
     groups = {}
     for words, chosen in (('disagree', differ), ('agree', ~differ)):
         found = np.flatnonzero(chosen).tolist()

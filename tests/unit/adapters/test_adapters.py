@@ -22,9 +22,9 @@ from kd_plugins.errors import DistillError
 @pytest.mark.parametrize(
     'student, teacher, kind, words',
     [
-        ((2, 96, 20, 20), (2, 96, 20, 20), type(None), 'none'),
+        ((2, 96, 20, 20), (2, 96, 20, 20), ResizeAdapter, 'none'),
         ((2, 197, 384), (2, 197, 384), type(None), 'none'),
-        ((2, 96, 20, 20), (2, 256, 20, 20), ConvAdapter, 'conv 1x1 96->256 (24.8k params)'),
+        ((2, 96, 20, 20), (2, 256, 20, 20), AdapterChain, 'conv 1x1 96->256 (24.8k params)'),
         ((2, 96, 10, 12), (2, 96, 20, 24), ResizeAdapter, 'resize 10x12->20x24'),
         ((2, 96, 10, 10), (2, 256, 20, 20), AdapterChain, 'conv 1x1 96->256 (24.8k params), resize 10x10->20x20'),
         ((2, 4, 40, 40), (2, 8, 20, 20), AdapterChain, 'resize 40x40->20x20, conv 1x1 4->8 (40 params)'),
@@ -42,14 +42,14 @@ def test_auto_adapter(student, teacher, kind, words):
 
 
 def test_auto_adapter_takes_torch_sizes():
-    assert auto_adapter(torch.zeros(1, 2, 3, 3).shape, torch.zeros(1, 2, 3, 3).shape) is None
-    assert isinstance(auto_adapter(torch.Size([1, 2, 3, 3]), [1, 4, 3, 3]), ConvAdapter)
+    assert isinstance(auto_adapter(torch.zeros(1, 2, 3, 3).shape, torch.zeros(1, 2, 3, 3).shape), ResizeAdapter)
+    assert isinstance(auto_adapter(torch.Size([1, 2, 3, 3]), [1, 4, 3, 3])[0], ConvAdapter)
 
 
 @pytest.mark.parametrize(
     'student, teacher, kind',
     [
-        ((2, 96, 20, 20), (2, 256, 20, 20), type(None)),
+        ((2, 96, 20, 20), (2, 256, 20, 20), ResizeAdapter),
         ((2, 96, 10, 10), (2, 256, 20, 20), ResizeAdapter),
         ((2, 197, 192), (2, 197, 384), type(None)),
         ((2, 192), (2, 384), type(None)),
@@ -60,11 +60,11 @@ def test_auto_adapter_may_leave_the_channels_alone(student, teacher, kind):
 
 
 def test_auto_adapter_takes_its_options_from_a_config():
-    options = dict(norm=True, prefix_tokens=1)
+    options = dict(norm=True)
     adapter = auto_adapter((2, 4, 10, 10), (2, 8, 20, 20), **options)
     assert adapter.describe((2, 4, 10, 10), (2, 8, 20, 20)) == 'conv 1x1 4->8 + BN (48 params), resize 10x10->20x20'
     assert type(auto_adapter((2, 4, 10, 10), (2, 4, 20, 20), **options)) is ResizeAdapter
-    assert auto_adapter((2, 4, 10, 10), (2, 4, 10, 10), **options) is None
+    assert auto_adapter((2, 9, 4), (2, 9, 4)) is None
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,6 @@ def test_auto_adapter_refuses(student, teacher, match):
     [
         (dict(norm='BN'), "norm must be True or False, got 'BN'"),
         (dict(channels=1), 'channels must be True or False, got 1'),
-        (dict(prefix_tokens=-1), 'prefix_tokens must be an integer >= 0, got -1'),
         (dict(norm=True, channels=False), 'remove one of them'),
     ],
 )
@@ -222,6 +221,13 @@ def test_resize_follows_the_teacher_at_every_call():
     adapter = auto_adapter((1, 2, 10, 10), (1, 4, 20, 20))
     for size in ((16, 24), (20, 20), (7, 9)):
         assert adapter(torch.randn(1, 2, 8, 12), torch.randn(1, 4, *size)).shape == (1, 4, *size)
+
+
+@pytest.mark.parametrize('channels', [2, 4])
+def test_auto_adapter_of_equal_grids_follows_others(channels):
+    """64 pixels make 16 cells in both networks, 73 make 19 in a ResNet and 18 behind a patch embedding."""
+    adapter = auto_adapter((1, 2, 16, 16), (1, channels, 16, 16))
+    assert adapter(torch.randn(1, 2, 19, 19), torch.randn(1, channels, 18, 18)).shape == (1, channels, 18, 18)
 
 
 def test_resize_of_equal_grids_is_the_same_tensor():

@@ -134,7 +134,7 @@ class Deeper(Masks):
 
 @pytest.fixture
 def own_registry(monkeypatch):
-    monkeypatch.setattr(readers, '_readers', {form: {} for form in readers._KINDS})
+    monkeypatch.setattr(readers, '_readers', {})
     monkeypatch.setattr(readers, '_unreadable', {})
     register_reader(Head, form=PixelPredictions)(lambda head, outputs, *, training: PixelPredictions(outputs))
     register_unreadable('Masks', 'it has masks; tap the neck.')

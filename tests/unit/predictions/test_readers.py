@@ -63,7 +63,7 @@ def read_toy(head, outputs, *, training):
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(readers, '_readers', {form: {} for form in readers._KINDS})
+    monkeypatch.setattr(readers, '_readers', {})
 
 
 @pytest.mark.parametrize('target', [ToyHead, 'ToyHead', f'{__name__}.ToyHead'])

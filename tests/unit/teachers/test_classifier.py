@@ -19,7 +19,7 @@ def network(number=None, width=6, token=False):
 
 def load(tmp_path, stored, create=network, **options):
     torch.save(dict(state_dict=stored.state_dict(), meta={}), tmp_path / 'x.pth')
-    net, number, _ = load_weights(create, dict(checkpoint=str(tmp_path / 'x.pth'), **options), 'timm')
+    net, number, *_ = load_weights(create, dict(checkpoint=str(tmp_path / 'x.pth'), **options), 'timm')
     for key, value in stored.state_dict().items():
         torch.testing.assert_close(net.state_dict()[key], value, rtol=0, atol=0)
     return number

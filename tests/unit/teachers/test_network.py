@@ -62,7 +62,7 @@ def test_data_config_of_a_plain_module():
     'name, options, message',
     [
         ('resnet81', {}, "timm has no model 'resnet81'; did you mean 'resnet18'"),
-        (3, {}, 'timm has no model 3; choose from'),
+        (3, {}, 'model must be the name of a model of timm, .* got 3'),
         ('resnet18.nope', {}, "timm has no weights 'resnet18.nope'; .*'resnet18"),
         (
             'resnet18',

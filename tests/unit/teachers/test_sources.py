@@ -1,5 +1,6 @@
 """Classifiers of timm, torchvision and of one's own as teachers."""
 
+import re
 import sys
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
+from kd_plugins import teachers
 from kd_plugins.errors import DistillError
-from kd_plugins.teachers import PixelFormat, build_source, create_network, find_source
+from kd_plugins.teachers import PixelFormat, build_source, create_network, find_source, sources, teacher_kind
 from kd_plugins.teachers.classifier import find_options
 
 timm = pytest.importorskip('timm')
@@ -213,11 +215,117 @@ def test_random_generators_are_left_alone(tmp_path):
     assert torch.equal(torch.rand(1), expected)
 
 
+# ------------------------------------------------------------------ which weights
+def test_which_weights_were_taken_is_said(tmp_path, pixels):
+    nets = [create_network('test_resnet', num_classes=3) for _ in range(2)]
+    raw, average = (net.state_dict() for net in nets)
+    path = str(tmp_path / 'x.pth.tar')
+    torch.save(dict(state_dict=raw, state_dict_ema={f'module.{k}': v for k, v in average.items()}), path)
+    for options, state, note in (
+        ({}, average, "weights are 'state_dict_ema' of the file, not 'state_dict'"),
+        (dict(checkpoint_prefix='state_dict.'), raw, None),
+    ):
+        teacher, notes = build_source(find_source(dict(timm='test_resnet', checkpoint=path, **options)), STUDENT)
+        assert all(torch.equal(v, state[k]) for k, v in teacher.model.net.state_dict().items())
+        assert teacher.num_classes == 3  # read behind `module.`
+        assert notes[:1] == [n for n in [note] if n]
+
+
+def facebook(state):
+    """ConvNeXt as its authors name it, which timm converts."""
+    changed = {}
+    for key, value in state.items():
+        key = key.replace('stem.', 'downsample_layers.0.').replace('.blocks.', '.').replace('conv_dw', 'dwconv')
+        key = re.sub(r'stages\.(\d)\.downsample\.', r'downsample_layers.\1.', key).replace('mlp.fc', 'pwconv')
+        changed[key.replace('head.norm', 'norm').replace('head.fc', 'head')] = value
+    return changed
+
+
+def test_names_of_other_code_are_converted_by_timm(tmp_path):
+    net = create_network('test_convnext', num_classes=3)
+    wrap = lambda s: dict(model={f'module.{k}': v for k, v in facebook(s).items()})  # noqa: E731
+    cfg = dict(timm='test_convnext', checkpoint=saved(net, tmp_path, wrap))
+    teacher, notes = build_source(find_source(cfg), STUDENT)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in teacher.model.net.state_dict().items())
+    assert teacher.num_classes == 3 and notes == ['names of other code, converted as timm or torchvision convert them']
+    cfg['timm'] = 'test_resnet'
+    with pytest.raises(DistillError, match='does not fit ResNet'):
+        build_source(find_source(cfg), STUDENT)
+
+
+def test_old_names_of_torchvision(tmp_path):
+    """DenseNet's published files have a dot in what are module names today; its own reader takes it out."""
+    net = torchvision.models.DenseNet(4, (1, 1), 8, num_classes=3)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith('num_batches_tracked')}
+    old = {re.sub(r'(denselayer1\.\w+)([12])\.', r'\1.\2.', k): v for k, v in state.items()}
+    assert any('norm.1' in k for k in old)
+    torch.save(old, tmp_path / 'net.pth')
+    made = []
+
+    def get_model(name, weights, num_classes=5):
+        made.append(torchvision.models.DenseNet(4, (1, 1), 8, num_classes=num_classes))
+        return made[-1]
+
+    cfg = dict(torchvision='densenet121', checkpoint=str(tmp_path / 'net.pth'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, 'get_model', get_model)
+        teacher, _ = build_source(find_source(cfg), STUDENT)
+    assert all(torch.equal(v, teacher.model.net.state_dict()[k]) for k, v in state.items())
+
+
+def test_a_folder_as_timm_writes_it(tmp_path, monkeypatch):
+    """``local-dir:`` is a model with its own weights, and one to load others into."""
+    net = create_network('test_resnet', num_classes=3, drop_rate=0.5)
+    timm.models.save_for_hf(net, tmp_path / 'own')
+    monkeypatch.chdir(tmp_path)
+    found = find_source(dict(timm='local-dir:own', pretrained=True))
+    assert found['timm'] == f'local-dir:{tmp_path / "own"}'  # processes on several GPUs start in another folder
+    teacher, _ = build_source(found, STUDENT)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in teacher.model.net.state_dict().items())
+    other = create_network('test_resnet', num_classes=3)
+    cfg = dict(timm='local-dir:own', checkpoint=saved(other, tmp_path))
+    teacher, _ = build_source(find_source(cfg), STUDENT)
+    assert torch.equal(teacher.model.net.fc.weight, other.fc.weight)
+    with pytest.raises(DistillError, match=r"'local-dir:.*' has no option 'drop': "):
+        build_source(find_source(dict(cfg, options=dict(drop=1))), STUDENT)
+
+
+@pytest.mark.parametrize('name', ['hf-hub:timm/test_resnet.r160_in1k', 'hf_hub:timm/test_resnet.r160_in1k'])
+def test_a_model_of_the_hub(tmp_path, monkeypatch, name):
+    net = create_network('test_resnet')
+    timm.models.save_for_hf(net, tmp_path / 'hub', safe_serialization=True)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename))
+        return str(tmp_path / 'hub' / filename)
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
+    teacher, _ = build_source(find_source(dict(timm=name, pretrained=True)), STUDENT)
+    assert torch.equal(teacher.model.net.fc.weight, net.fc.weight)
+    assert {repo for repo, _ in asked} == {'timm/test_resnet.r160_in1k'}
+
+    def fail(*given, **options):
+        raise OSError('We cannot reach the hub.\nTry later.')
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', fail)
+    with pytest.raises(DistillError, match=r'cannot be had \(OSError: We cannot reach the hub\); give a file\.$'):
+        build_source(find_source(dict(timm=name, pretrained=True)), STUDENT)
+
+
 # ------------------------------------------------------------------ refused
 @pytest.mark.parametrize(
     'options, message',
     [
         (dict(timm='test_resnte'), "teacher.timm: timm has no model 'test_resnte'; did you mean 'test_resnet'"),
+        (dict(timm='timm/resnet18.a1_in1k'), "cannot read the name 'timm/resnet18.a1_in1k'.* 'hf-hub:owner/name'"),
+        (dict(timm='timm://resnet18'), "cannot read the name .*'local-dir:folder'"),
+        (dict(timm='local-dir:nowhere'), "there is no 'nowhere/config.json', which 'local-dir:nowhere' needs"),
+        (dict(timm=LOADED), 'must be the name of a model of timm, .* got an object of type Tiny'),
+        (dict(torchvision=LOADED), 'must be the name of a model of torchvision, .* got an object of type Tiny'),
+        (LOADED, r'teacher must be one of dict\(config=.*; got an object of type Tiny'),
+        (dict(timm='test_resnet', checkpoint=LOADED.state_dict()), r'got .*torch\.save\(model\.state_dict\(\), path\)'),
+        (dict(timm='test_resnet', checkpoint_prefix=3), 'teacher.checkpoint_prefix must be what names .* got 3'),
         (dict(torchvision='resnet81'), "torchvision has no classifier 'resnet81'; did you mean 'resnet18'"),
         (dict(torchvision='fasterrcnn_resnet50_fpn'), 'torchvision has no classifier'),
         (dict(torchvision='resnet18', in_chans=1), 'in_chans is 1, but torchvision has models for 3 channels only'),
@@ -242,12 +350,13 @@ def test_random_generators_are_left_alone(tmp_path):
     ],
 )
 def test_refused_by_name_or_option(tmp_path, options, message):
-    cfg = dict(dict(checkpoint=saved(Tiny(), tmp_path)), **options)
+    cfg = dict(dict(checkpoint=saved(Tiny(), tmp_path)), **options) if isinstance(options, dict) else options
     if message is None:
         find_source(cfg)
         return
-    with pytest.raises(DistillError, match=message):
+    with pytest.raises(DistillError, match=message) as error:
         find_source(cfg)
+    assert len(str(error.value)) < 400 and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -313,3 +422,38 @@ def test_a_package_that_is_not_installed(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(DistillError, match=rf"needs '{package}', which is not installed: pip install .*\[timm\]"):
             find_source(cfg)
+
+
+# ------------------------------------------------------------------ another kind
+KIND = """
+from kd_plugins.teachers import FrozenTeacher, register_teacher
+
+register_teacher('lookup', __name__, "dict(lookup='a table')")
+
+
+def find(cfg):
+    return {**cfg, 'found': True}
+
+
+def build(cfg, student):
+    from torch import nn
+
+    return FrozenTeacher(nn.Identity(), None, None, name=cfg['lookup']), [str(cfg['found'])]
+"""
+
+
+def test_another_kind_is_one_file(tmp_path, monkeypatch):
+    assert teacher_kind(dict(timm='resnet50')) == 'timm'  # those of the package are registered for good
+    (tmp_path / 'lookup.py').write_text(KIND)
+    name = f'{teachers.__name__}.lookup'
+    monkeypatch.setattr(teachers, '__path__', [*teachers.__path__, str(tmp_path)])
+    monkeypatch.setattr(teachers, 'lookup', None, raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    del sys.modules[name]
+    monkeypatch.setattr(sources, '_SOURCES', dict(sources._SOURCES))
+    sources._register_own.cache_clear()
+    teacher, notes = build_source(find_source(dict(lookup='a table')), STUDENT)
+    assert teacher.name == 'a table' and notes == ['True']
+    with pytest.raises(DistillError, match=r"must be one of dict\(config=.*dict\(lookup='a table'\)") as caught:
+        find_source(dict(checkpoint='x.pth'))
+    assert len(str(caught.value)) < 400

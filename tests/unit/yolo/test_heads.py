@@ -8,7 +8,8 @@ import torch
 import kd_plugins.yolo  # noqa: F401  registers the readers
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import read
-from kd_plugins.yolo.heads import family_of, head_of, is_rotated, select_branch
+from kd_plugins.yolo.heads import ROTATED as CODING
+from kd_plugins.yolo.heads import head_of, is_classifier, refuse_unsupported, select_branch
 
 UPRIGHT = [
     'yolov5n.yaml',
@@ -62,7 +63,8 @@ def test_upright_boxes_and_scores_are_those_of_the_head(build, image, cfg):
     xyxy = torch.cat([xywh[..., :2] - xywh[..., 2:] / 2, xywh[..., :2] + xywh[..., 2:] / 2], -1)
     torch.testing.assert_close(found.boxes(), xyxy, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(found.class_probabilities(), scores)
-    assert found.obj is None and 'no objectness' in found.absent['obj']
+    assert found.obj is None and 'no objectness' in found.absent['obj'] and found.box_coding is None
+    assert found.besides == (('keypoints',) if 'pose' in cfg else ())
     if '26' in cfg:
         assert found.dist is None and 'reg_max=1' in found.absent['dist']
     else:
@@ -74,7 +76,7 @@ def test_rotated_boxes_are_those_of_the_head(build, image, cfg):
     model = build(cfg)
     raw, decoded = raw_and_decoded(model, image)
     found = read(head_of(model), raw, training=True)
-    assert found.ltrb is None and is_rotated(found)
+    assert found.ltrb is None and found.box_coding == CODING and found.besides == ('angles',)
     angle = select_branch(raw)['angle'].transpose(1, 2)
     near, far = found.box[..., :2] * found.stride_of, found.box[..., 2:] * found.stride_of
     x, y = ((far - near) / 2).split(1, -1)
@@ -138,9 +140,10 @@ def test_outputs_that_do_not_fit_the_head_are_refused(build, image):
         read(head_of(build('yolo26n.yaml')), raw, training=True)
 
 
-def test_families(build):
-    assert family_of(build('yolo26n.yaml'), 'student') == 'dense'
-    assert family_of(build('yolo11n-cls.yaml'), 'student') == 'classify'
+def test_kinds(build):
+    for cfg, expected in (('yolo26n.yaml', False), ('yolo11n-cls.yaml', True), ('yolo26n-seg.yaml', False)):
+        refuse_unsupported(build(cfg), 'student')
+        assert is_classifier(build(cfg)) == expected
 
 
 class Elsewhere(torch.nn.Module):
@@ -154,7 +157,7 @@ class Elsewhere(torch.nn.Module):
 @pytest.mark.parametrize('name', ['RTDETRDecoder', 'WorldDetect', 'YOLOEDetect', 'SemanticSegment', 'Depth', 'MyHead'])
 def test_other_heads_are_refused_and_the_supported_named(name):
     with pytest.raises(DistillError, match=rf'teacher has the head {name}.*detect, segment, pose and obb.*not RT-DETR'):
-        family_of(Elsewhere(name), 'teacher')
+        refuse_unsupported(Elsewhere(name), 'teacher')
 
 
 @pytest.mark.parametrize('cfg', ['yolov8n-world.yaml', 'yoloe-11n.yaml', 'rtdetr-l.yaml'])
@@ -164,7 +167,7 @@ def test_real_unsupported_models_are_refused(cfg):
     kind = {'yolov8n-world.yaml': 'WorldModel', 'yoloe-11n.yaml': 'YOLOEModel', 'rtdetr-l.yaml': 'RTDETRDetectionModel'}
     model = getattr(tasks, kind[cfg])(tasks.yaml_model_load(cfg), verbose=False)
     with pytest.raises(DistillError, match='cannot be distilled; supported are'):
-        family_of(model, 'student')
+        refuse_unsupported(model, 'student')
 
 
 def test_not_a_model():

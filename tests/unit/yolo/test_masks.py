@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from kd_plugins.distiller import Position, Tap
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import mask_kl_div
-from kd_plugins.predictions import DensePredictions
-from kd_plugins.yolo import DistillOptions
-from kd_plugins.yolo.heads import grid_points, head_of, select_branch
-from kd_plugins.yolo.losses import YOLODistiller
-from kd_plugins.yolo.masks import assemble, inside_boxes, pair_masks
-from kd_plugins.yolo.teacher import build_teacher, load_model
+from kd_plugins.predictions import DensePredictions, MaskPredictions, read
+from kd_plugins.predictions.masks import assemble, inside_boxes, pair_masks
+from kd_plugins.yolo.heads import BRANCHES, grid_points, head_of, is_end_to_end, select_branch
+from kd_plugins.yolo.teacher import load_model, load_teacher
 
 SIZES, STRIDES = ((4, 6), (2, 3)), (8.0, 16.0)  # of an image of 32 x 48
 ANCHORS = 4 * 6 + 2 * 3
@@ -28,9 +27,8 @@ def random(*shape, seed=0):
 
 
 def raw(masks=4, size=(8, 12), seed=0, batch=2):
-    """Raw predictions of a made-up segment head."""
+    """Raw predictions of masks of a made-up segment head."""
     return {
-        'feats': [torch.zeros(batch, 0, *s) for s in SIZES],
         'mask_coefficient': random(batch, masks, ANCHORS, seed=seed),
         'proto': random(batch, masks, *size, seed=seed + 1),
     }
@@ -48,19 +46,33 @@ def teacher_predictions(batch=2):
     )
 
 
-def pair(ours, theirs, topk=5, strides=(STRIDES, STRIDES)):
-    return pair_masks(ours, theirs, *strides, teacher_predictions(), topk)
+def predictions(outputs, dense=None):
+    dense = teacher_predictions(len(outputs['proto'])) if dense is None else dense
+    return MaskPredictions(dense.replace(coefficients=outputs['mask_coefficient'].transpose(1, 2)), outputs['proto'])
+
+
+def pair(ours, theirs, topk=5):
+    ours, theirs = (predictions(o) if isinstance(o, dict) else o for o in (ours, theirs))
+    return pair_masks(*MaskPredictions.align(ours, theirs), topk)
 
 
 def loss(masks):
     return mask_kl_div(masks.student, masks.teacher, masks.inside, masks.weight)
 
 
+def teach_masks(path):
+    """A loaded teacher of which masks are asked, of every branch that it has."""
+    teacher = load_teacher(path)
+    taps = [f'head.{b}' for b in BRANCHES] if is_end_to_end(head_of(teacher.model)) else ['head']
+    teacher.expect([(teacher.tap(Tap(tap)), MaskPredictions) for tap in taps])
+    return teacher
+
+
 # ------------------------------------------------------------------ what the heads predict
 @pytest.mark.parametrize('cfg', ['yolov8n-seg.yaml', 'yolo11n-seg.yaml', 'yolo26n-seg.yaml'])
 def test_teacher_returns_what_the_model_in_the_file_does(teacher_file, cfg):
     path = teacher_file(cfg)
-    teacher = build_teacher(path, branches=('one2many', 'one2one'), masks=True)
+    teacher = teach_masks(path)
     found = teacher.outputs(image(), None, [teacher.head]).call(teacher.head).output
     model = load_model(path)
     head_of(model).training = True
@@ -73,8 +85,8 @@ def test_teacher_returns_what_the_model_in_the_file_does(teacher_file, cfg):
 
 
 def test_padding_for_a_deeper_pyramid_is_cut_off_the_prototypes(teacher_file):
-    teacher = build_teacher(teacher_file('yolov8n-seg-p6.yaml'), masks=True)
-    call = teacher(image(size=(96, 160)), None, [teacher.head]).call(teacher.head)
+    teacher = teach_masks(teacher_file('yolov8n-seg-p6.yaml'))
+    call = teacher.outputs(image(size=(96, 160)), None, [teacher.head]).call(teacher.head)
     found = select_branch(call.output)
     padded = torch.full((2, 3, 128, 192), 114 / 255)
     padded[:, :, :96, :160] = image(size=(96, 160))
@@ -141,24 +153,45 @@ def test_prototypes_that_are_mixed_differently_make_the_same_masks():
     assert loss(pair(ours, theirs)).item() == pytest.approx(0, abs=1e-6)
 
 
+def segment_head(strides):
+    """What a reader asks of a segment head."""
+    head = type('Segment', (torch.nn.Module,), {'__module__': 'ultralytics.nn.modules.head'})()
+    head.reg_max, head.nc, head.stride = 1, 3, torch.tensor(strides)
+    return head
+
+
+def whole(outputs, dense, sizes=SIZES):
+    """Raw outputs of a segment head with masks and what `dense` says."""
+    return {
+        **outputs,
+        'boxes': dense.ltrb.transpose(1, 2),
+        'scores': dense.cls.transpose(1, 2),
+        'feats': [torch.zeros(2, 0, *s) for s in sizes],
+    }
+
+
 def test_levels_in_another_order_or_that_the_student_lacks():
-    ours, theirs = raw(), raw(seed=3)
+    ours, theirs, dense = raw(), raw(seed=3), teacher_predictions()
     expected = pair(ours, theirs)
     cells = [h * w for h, w in SIZES]
+    straight = whole(theirs, dense)
     turned = {
-        **theirs,
-        'feats': [torch.zeros(2, 0, 1, 2), *theirs['feats'][::-1]],
-        'mask_coefficient': torch.cat([random(2, 4, 2), *theirs['mask_coefficient'].split(cells, 2)[::-1]], 2),
+        key: torch.cat([random(2, straight[key].shape[1], 2), *straight[key].split(cells, 2)[::-1]], 2)
+        for key in ('boxes', 'scores', 'mask_coefficient')
     }
-    masks = pair(ours, turned, strides=(STRIDES, (32.0, 16.0, 8.0)))
-    assert torch.equal(masks.teacher, expected.teacher)
+    turned |= {'proto': theirs['proto'], 'feats': [torch.zeros(2, 0, 1, 2), *straight['feats'][::-1]]}
+    found = read(segment_head((32.0, 16.0, 8.0)), turned, training=True, form=MaskPredictions)
+    masks = pair(ours, found)
+    torch.testing.assert_close(masks.teacher, expected.teacher)
+    assert torch.equal(masks.weight, expected.weight) and torch.equal(masks.inside, expected.inside)
 
 
 def test_semantic_logits_of_yolo26_are_left_alone():
-    ours = raw()
-    expected = pair(ours, raw(seed=3))
-    masks = pair({**ours, 'proto': (ours['proto'], random(2, 3, 8, 12))}, raw(seed=3))
-    assert torch.equal(masks.student, expected.student)
+    ours, dense = whole(raw(), teacher_predictions()), teacher_predictions()
+    expected = pair(raw(), raw(seed=3))
+    both = {**ours, 'proto': (ours['proto'], random(2, 3, 8, 12))}
+    found = read(segment_head(STRIDES), both, training=True, form=MaskPredictions)
+    assert torch.equal(pair(found, predictions(raw(seed=3), dense)).student, expected.student)
 
 
 def test_number_of_masks_is_capped():
@@ -176,12 +209,12 @@ def test_gradient_reaches_coefficients_and_prototypes_of_the_student_only():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_outputs_are_assembled_in_float32(dtype):
     def half(outputs):
-        return {k: v if k == 'feats' else (v * 100).to(dtype) for k, v in outputs.items()}
+        return {k: (v * 100).to(dtype) for k, v in outputs.items()}
 
     ours, theirs = half(raw()), half(raw(seed=3))
     masks = pair(ours, theirs)
     assert masks.student.dtype == torch.float32 and torch.isfinite(loss(masks))
-    exact = pair(*({k: v if k == 'feats' else v.float() for k, v in o.items()} for o in (ours, theirs)))
+    exact = pair(*({k: v.float() for k, v in o.items()} for o in (ours, theirs)))
     assert torch.equal(masks.student, exact.student)
 
 
@@ -193,40 +226,46 @@ def test_boxes_outside_the_image():
 
 # ------------------------------------------------------------------ the term
 @pytest.fixture
-def distiller(build, teacher_file):
-    def make(student='yolo26n-seg.yaml', teacher='yolo11n-seg.yaml', masks=True, **options):
-        path = teacher_file(teacher)
-        options = DistillOptions(path, **options)
-        model = copy.deepcopy(build(student)).train()
-        found = YOLODistiller(model, build_teacher(path, masks=masks), options)
-        found.rows = found.check(image())
-        return found
+def segment(begin):
+    """``segment(student, teacher, **options)``: a `Run` of two segment models, by default."""
+
+    def make(student='yolo26n-seg.yaml', teacher='yolo11n-seg.yaml', **options):
+        return begin(student, teacher, **options)
 
     return make
 
 
+def added(run):
+    """What a batch adds to a task loss of 0."""
+    run.begin_batch(Position(0, 4, 0))
+    preds = run.student(image())
+    total, items = run.add(torch.zeros(3), {}, preds, {'img': image()})
+    return total.sum() / 2, items
+
+
 @pytest.mark.parametrize('student', ['yolov8n-seg.yaml', 'yolo26n-seg.yaml'])
 @pytest.mark.parametrize('teacher', ['yolo11n-seg.yaml', 'yolo26n-seg.yaml'])
-def test_term_trains_mask_layers(distiller, student, teacher):
-    kd = distiller(student, teacher, cls=0, box=0)
-    values = kd.compute(kd.student(image()), image())
-    assert set(values) == {'mask'} and values['mask'] > 0
-    values['mask'].backward()
-    head = head_of(kd.student)
+def test_term_trains_mask_layers(segment, student, teacher, caplog):
+    with caplog.at_level('INFO', logger='ultralytics'):
+        run = segment(student, teacher, cls=0, box=0)
+    total, items = added(run)
+    assert set(items) == {'kdmsk_loss'} and items['kdmsk_loss'] > 0
+    total.backward()
+    head = head_of(run.student)
     for part in (head.proto.cv3, head.cv4):
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
     assert not any(p.grad is not None and p.grad.any() for p in head.cv3.parameters())
-    row = next(r for r in kd.rows if r.name == 'kdmsk_loss')
-    assert len(row.name) <= 10 and row.student_shape == row.teacher_shape == '32 prototypes of 16x24'
+    text = '\n'.join(r.getMessage() for r in caplog.records)
+    assert text.count('32 prototypes of 16x16') == 2 and len('kdmsk_loss') <= 10
 
 
-def test_descent_on_the_term_lowers_it(distiller):
-    kd = distiller('yolov8n-seg.yaml', cls=0, box=0)
-    head = head_of(kd.student)
+def test_descent_on_the_term_lowers_it(segment):
+    run = segment('yolov8n-seg.yaml', cls=0, box=0)
+    head = head_of(run.student)
     optimizer = torch.optim.Adam([*head.proto.parameters(), *head.cv4.parameters()], lr=1e-3)
     values = []
     for _ in range(8):
-        value = kd.compute(kd.student(image()), image())['mask']
+        value = added(run)[0]
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -234,23 +273,35 @@ def test_descent_on_the_term_lowers_it(distiller):
     assert values[-1] < 0.7 * values[0]
 
 
-def test_on_by_default_where_both_have_masks(distiller):
-    assert [t.name for t in distiller().terms] == ['cls', 'box', 'mask']
-    assert [t.name for t in distiller(teacher='yolo11n.yaml').terms] == ['cls', 'box']
-    assert [t.name for t in distiller('yolo11n.yaml', masks=False).terms] == ['cls', 'box']
-    assert [t.name for t in distiller(mask=0, masks=False).terms] == ['cls', 'box']
+@pytest.mark.parametrize('branch', ['one2one', 'both'])
+def test_masks_of_each_branch(segment, branch):
+    run = segment('yolo26n-seg.yaml', 'yolo26n-seg.yaml', cls=0, box=0, branch=branch)
+    assert list(run.session.terms) == (['mask'] if branch == 'one2one' else ['mask', 'mask_one2one'])
+    total, items = added(run)
+    total.backward()
+    head = head_of(run.student)
+    for layers, learns in ((head.one2one_cv4, True), (head.cv4, branch == 'both')):
+        assert any(p.grad is not None and p.grad.any() for p in layers.parameters()) == learns
+
+
+def test_on_by_default_where_both_have_masks(segment):
+    assert list(segment().session.terms) == ['cls', 'box', 'mask']
+    assert list(segment(teacher='yolo11n.yaml').session.terms) == ['cls', 'box']
+    assert list(segment('yolo11n.yaml').session.terms) == ['cls', 'box']
+    assert list(segment(mask=0).session.terms) == ['cls', 'box']
+    assert list(segment(cls=0, box=0, mask=0).session.terms) == ['cls', 'box']
 
 
 @pytest.mark.parametrize(
     'student, teacher, options, message',
     [
-        ('yolo11n.yaml', 'yolo11n-seg.yaml', dict(mask=1.0), r'the student \(Detect\) predicts no masks'),
-        ('yolo11n-seg.yaml', 'yolo11n.yaml', dict(mask=1.0), r'the teacher \(Detect\) predicts no masks'),
+        ('yolo11n.yaml', 'yolo11n-seg.yaml', dict(mask=1.0), 'student and teacher must both predict masks'),
+        ('yolo11n-seg.yaml', 'yolo11n.yaml', dict(mask=1.0), 'student and teacher must both predict masks'),
         ('yolo11n-cls.yaml', 'yolov8n-cls.yaml', dict(mask=1.0), 'leave box, mask and feature out'),
         ('yolo11n-seg.yaml', 'yolo11n-seg.yaml', dict(mask=-1.0), 'mask'),
         ('yolo11n-seg.yaml', 'yolo11n-seg.yaml', dict(mask_topk=0), 'mask_topk must be a whole number >= 1, got 0'),
     ],
 )
-def test_refused(distiller, student, teacher, options, message):
+def test_refused(segment, student, teacher, options, message):
     with pytest.raises(DistillError, match=message):
-        distiller(student, teacher, **options)
+        segment(student, teacher, **options)

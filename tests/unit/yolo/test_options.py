@@ -7,8 +7,18 @@ import sys
 
 import pytest
 
+from kd_plugins.distiller import build_terms
+from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError
-from kd_plugins.losses import BinaryKLDivLoss, BoxIoULoss, DKDLoss, FeatureMSELoss, KLDivLoss, YOLOLogitLoss
+from kd_plugins.losses import (
+    AutoBoxLoss,
+    BinaryKLDivLoss,
+    BoxIoULoss,
+    DKDLoss,
+    FeatureMSELoss,
+    KLDivLoss,
+    YOLOLogitLoss,
+)
 from kd_plugins.yolo import DistillOptions
 
 
@@ -87,22 +97,31 @@ def test_unknown_and_missing_keys():
         DistillOptions.from_dict(['a.pt'])
 
 
+FACTS = dict(classifier=False, end_to_end=False, masks=False)
+
+
+def terms(facts=FACTS, **given):
+    """The terms that options stand for, built."""
+    run = DistillOptions('a.pt', **given).expand(**{**FACTS, **facts})
+    return build_terms(run.terms, resolver_of(run.imports))
+
+
 def test_losses():
-    options = DistillOptions('a.pt', temperature=2.0, foreground=False)
-    loss = options.build_loss('cls_loss', 'bce')
+    found = terms(temperature=2.0, foreground=False, feature=1.0)
+    loss = found['cls'].loss
     assert isinstance(loss, BinaryKLDivLoss) and loss.temperature == 2.0 and loss.foreground is False
-    assert isinstance(options.build_loss('cls_loss', 'kl'), KLDivLoss)
-    assert isinstance(options.build_loss('box_loss', 'iou'), BoxIoULoss)
-    assert isinstance(options.build_loss('feature_loss'), FeatureMSELoss)
-    loss = DistillOptions('a.pt', cls_loss='l2').build_loss('cls_loss')
+    assert isinstance(found['box'].loss, AutoBoxLoss) and isinstance(found['feature'].loss, FeatureMSELoss)
+    assert isinstance(terms(dict(classifier=True))['cls'].loss, KLDivLoss)
+    assert isinstance(terms(box_loss='iou')['box'].loss, BoxIoULoss)
+    loss = terms(cls_loss='l2')['cls'].loss
     assert isinstance(loss, YOLOLogitLoss) and (loss.obj_weight, loss.box_weight, loss.cls_weight) == (0, 0, 1)
-    loss = DistillOptions('a.pt', cls_loss=dict(type='DKDLoss', beta=2.0)).build_loss('cls_loss')
+    loss = terms(cls_loss=dict(type='DKDLoss', beta=2.0))['cls'].loss
     assert isinstance(loss, DKDLoss) and loss.beta == 2.0
 
 
 def test_losses_that_cannot_be_built():
-    def build(option='cls_loss', **given):
-        return DistillOptions('a.pt', **given).build_loss(option, 'bce')
+    def build(**given):
+        return terms(**given)
 
     with pytest.raises(DistillError, match="no loss 'DKDLos'; did you mean 'DKDLoss'"):
         build(cls_loss=dict(type='DKDLos'))
@@ -117,7 +136,7 @@ def test_losses_that_cannot_be_built():
 def test_imports_no_ultralytics():
     code = (
         'import sys, kd_plugins, kd_plugins.yolo\n'
-        "kd_plugins.yolo.DistillOptions('a.pt', cls_loss='dkd').build_loss('cls_loss')\n"
+        "kd_plugins.yolo.DistillOptions('a.pt', cls_loss='dkd').expand(classifier=True, end_to_end=False, masks=False)\n"
         "heavy = {'ultralytics', 'mmengine', 'mmcv', 'mmdet', 'timm', 'kd_plugins.mm'} & set(sys.modules)\n"
         'assert not heavy, heavy'
     )

@@ -2,14 +2,17 @@
 
 import copy
 import os
+import shutil
 
 import pytest
 import torch
 
+from kd_plugins.distiller import Tap
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import read
-from kd_plugins.yolo.heads import head_of, select_branch
-from kd_plugins.yolo.teacher import build_teacher, crop_levels, find_teacher, follow, head_path, load_model
+from kd_plugins.predictions import DensePredictions, MaskPredictions, read
+from kd_plugins.yolo.heads import head_of, head_path, is_end_to_end, select_branch
+from kd_plugins.yolo.host import UltralyticsHost
+from kd_plugins.yolo.teacher import crop_levels, find_teacher, load_model, load_teacher
 
 FAMILIES = ['yolov8n.yaml', 'yolov9t.yaml', 'yolov10n.yaml', 'yolo12n.yaml', 'yolo26n.yaml', 'yolo26n-seg.yaml']
 FAMILIES += ['yolo26n-pose.yaml', 'yolo11n-obb.yaml', 'yolo26n-obb.yaml', 'yolov8n-p6.yaml']
@@ -25,6 +28,14 @@ def output(teacher, image):
     return teacher.outputs(image, None, [path]).call(path).output
 
 
+def expecting(path, *branches, form=DensePredictions):
+    """A teacher that has been told which branches are tapped."""
+    teacher = load_teacher(path)
+    taps = [teacher.tap(Tap(f'head.{b}' if is_end_to_end(head_of(teacher.model)) else 'head')) for b in branches]
+    teacher.expect([(tap, form) for tap in taps])
+    return teacher
+
+
 def reference(path, image):
     """Raw predictions of the model in the file, unfused, with only the head in training mode."""
     model = load_model(path)
@@ -36,7 +47,7 @@ def reference(path, image):
 @pytest.mark.parametrize('cfg', FAMILIES)
 def test_raw_output_is_that_of_the_model_in_the_file(teacher_file, image, cfg):
     path = teacher_file(cfg)
-    teacher = build_teacher(path, branches=('one2many', 'one2one'))
+    teacher = expecting(path, 'one2many', 'one2one')
     found, expected = output(teacher, image), reference(path, image)
     for branch in ('one2many', 'one2one'):
         ours, theirs = select_branch(found, branch), select_branch(expected, branch)
@@ -51,7 +62,7 @@ def test_raw_output_is_that_of_the_model_in_the_file(teacher_file, image, cfg):
 
 def test_nothing_is_computed_that_is_not_used(teacher_file, image):
     """No decoding, top-k, prototypes, mask coefficients, BN or second branch."""
-    teacher = build_teacher(teacher_file('yolo26n-seg.yaml'))
+    teacher = load_teacher(teacher_file('yolo26n-seg.yaml'))
     head = head_of(teacher.model)
     called = []
     head.proto.forward = lambda *x: called.append('proto')
@@ -65,16 +76,28 @@ def test_nothing_is_computed_that_is_not_used(teacher_file, image):
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in body)
 
 
-def test_features_on_request(teacher_file, image):
+def test_what_is_asked_for_is_computed(teacher_file, image):
+    """Each branch that is tapped, and masks where they are compared."""
+    path = teacher_file('yolo26n-seg.yaml')
+    found = output(expecting(path, 'one2one', form=MaskPredictions), image)
+    assert set(found) == {'one2one'} and {'mask_coefficient', 'proto'} < set(found['one2one'])
+    assert set(output(expecting(path, 'one2many', 'one2one'), image)) == {'one2many', 'one2one'}
+
+
+def test_features_are_the_layers_before_the_head(teacher_file, image):
     path = teacher_file('yolo11n.yaml')
-    without, with_ = (output(build_teacher(path, feats=f), image)['one2many']['feats'] for f in (False, True))
+    teacher = load_teacher(path)
+    without = output(teacher, image)['one2many']['feats']
     assert [f.numel() for f in without] == [0, 0, 0]
-    for ours, theirs in zip(with_, reference(path, image)['feats'], strict=True):
+    tap = teacher.tap(Tap('neck'))
+    assert list(tap.modules) == ['model.16', 'model.19', 'model.22']
+    found = teacher.outputs(image, None, tap.modules).maps(tap)
+    for ours, theirs in zip(found, reference(path, image)['feats'], strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
 def test_frozen_and_never_changed(teacher_file, image):
-    teacher = build_teacher(teacher_file('yolo11n.yaml'))
+    teacher = load_teacher(teacher_file('yolo11n.yaml'))
     before = teacher.fingerprint()
     assert not any(p.requires_grad for p in teacher.model.parameters()) and not teacher.model.training
     assert not output(teacher, image)['one2many']['scores'].requires_grad
@@ -86,7 +109,7 @@ def test_loading_leaves_random_generators_alone(teacher_file, image):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    build_teacher(path)
+    load_teacher(path)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -95,7 +118,7 @@ def test_one_branch_is_left_in_a_fused_file(tmp_path, teacher_file, image):
     model.end2end = True
     model.fuse(verbose=False)
     torch.save({'model': model}, tmp_path / 'fused.pt')
-    found = output(build_teacher(str(tmp_path / 'fused.pt')), image)
+    found = output(load_teacher(str(tmp_path / 'fused.pt')), image)
     expected = model(image)[1]['one2one']
     assert set(found) == {'one2one'}
     torch.testing.assert_close(found['one2one']['scores'], expected['scores'], atol=1e-4, rtol=1e-4)
@@ -105,7 +128,7 @@ def test_one_branch_is_left_in_a_fused_file(tmp_path, teacher_file, image):
 def test_padding_for_a_deeper_pyramid_is_cut_off(teacher_file, size):
     """A stride-64 teacher on sides that only 32 divides: its cells keep their places."""
     path = teacher_file('yolov8n-p6.yaml')
-    teacher = build_teacher(path)
+    teacher = load_teacher(path)
     head = head_of(teacher.model)
     h, w = size
     image = torch.rand(1, 3, h, w)
@@ -129,16 +152,20 @@ def test_padding_for_a_deeper_pyramid_is_cut_off(teacher_file, size):
 
 
 def test_follows_precision_and_memory_format(teacher_file, build, image):
-    teacher = build_teacher(teacher_file('yolo11n.yaml'))
+    teacher = load_teacher(teacher_file('yolo11n.yaml'))
     exact = output(teacher, image)['one2many']['scores']
     student = copy.deepcopy(build('yolo11n.yaml'))
-    assert follow(teacher, image, student) is image and teacher.dtype == torch.float32
+    host = UltralyticsHost(student)
+    assert host.for_teacher(image) is image and teacher.to(image).dtype == torch.float32
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        cast = follow(teacher, image, student)
-        half = output(teacher, cast)['one2many']['scores']
+        cast = host.for_teacher(image)
+        half = output(teacher.to(cast), cast)['one2many']['scores']
     assert teacher.dtype == cast.dtype == half.dtype == torch.bfloat16
     assert (half.float() - exact).abs().mean() < 0.1
-    follow(teacher, image, student.to(memory_format=torch.channels_last))
+    host.follow(teacher.to(image))
+    assert teacher.model.model[1].conv.weight.is_contiguous()
+    student.to(memory_format=torch.channels_last)
+    host.follow(teacher)
     weight = teacher.model.model[1].conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and teacher.dtype == torch.float32
     # There and back through bfloat16 rounds the weights; the run never goes back.
@@ -189,7 +216,7 @@ def test_ema_is_the_teacher_of_an_unfinished_run(tmp_path, teacher_file):
 
 
 def test_find_teacher(tmp_path, teacher_file, monkeypatch):
-    path = teacher_file('yolo11n.yaml', name='best.pt')
+    path = shutil.copy(teacher_file('small.yaml'), tmp_path / 'best.pt').as_posix()
     monkeypatch.chdir(tmp_path)
     assert find_teacher('best.pt') == path and find_teacher(path) == path
     for given, message in (

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugins.errors import DistillError, nearest
+from kd_plugins.lab.checkout import our_config
 from kd_plugins.lab.comparison.experiment import compare
 from kd_plugins.lab.comparison.mm.experiment import Comparison
 from kd_plugins.lab.data import prepare_digits
-
-CONFIGS = Path(__file__).parents[3] / 'configs'
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,26 @@ class Part:
 PARTS = {
     'detection': Part(
         'Handwritten digits: a small YOLOX, plain and distilled',
-        'det/digits_yolox_teacher',
-        'det/digits_yolox_student',
+        'det/digits_yolox_teacher.py',
+        'det/digits_yolox_student.py',
         ('yolo_logit',),
     ),
     'segmentation': Part(
         'Handwritten digits: a small Semantic FPN, plain and distilled',
-        'seg/digits_fpn_teacher',
-        'seg/digits_fpn_student',
+        'seg/digits_fpn_teacher.py',
+        'seg/digits_fpn_student.py',
         ('pixel_kl', 'cwd'),
     ),
     'classification': Part(
         'Handwritten digits: a tiny DeiT, plain and distilled from a ResNet',
-        'cls/digits_resnet_teacher',
-        'cls/digits_deit_student',
+        'cls/digits_resnet_teacher.py',
+        'cls/digits_deit_student.py',
         ('deit_soft', 'deit_hard', 'deit_token'),
     ),
     'across architectures': Part(
         'Handwritten digits: a small ResNet, plain and distilled from a vision transformer',
-        'cls/digits_vit_teacher',
-        'cls/digits_resnet_student',
+        'cls/digits_vit_teacher.py',
+        'cls/digits_resnet_student.py',
         ('kl', 'vit_feature'),
     ),
 }
@@ -93,8 +92,8 @@ def demo(
     os.environ['DIGITS_ROOT'] = f'{root.as_posix()}/'
     return compare(
         Comparison(
-            teacher=f'{CONFIGS / found.teacher}.py',
-            student=f'{CONFIGS / found.student}.py',
+            teacher=str(our_config(found.teacher)),
+            student=str(our_config(found.student)),
             title=found.title,
             work_dir=Path(work_dir),
             seeds=seeds,

@@ -29,13 +29,12 @@ from kd_plugins.lab.comparison.mm.logs import RunnerProgress, read_history, read
 from kd_plugins.lab.comparison.mm.segmentations import read_segmentations
 from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.lab.comparison.phases import Phase
-from kd_plugins.mm.cli import find_recipe
 from kd_plugins.mm.configs import load_config, without_pretrained
+from kd_plugins.mm.recipes import read_recipe
 
-TOOLS = Path(__file__).parents[3] / 'tools'
 DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
-    '{names} and gain in points ({measured}), measured by tools/test.py on the last checkpoint. s/iter: median '
+    '{names} and gain in points ({measured}), measured by kd-plugins test on the last checkpoint. s/iter: median '
     'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
 )
 
@@ -80,7 +79,6 @@ class Comparison(Experiment):
         if not self.recipes:
             raise DistillError('--kd needs at least one recipe.')
         self.arms = dict(zip(_arm_names(self.recipes), self.recipes, strict=True))
-        self._alphas = {arm: Config.fromfile(find_recipe(recipe)).get('alpha') for arm, recipe in self.arms.items()}
         if self.teacher_checkpoint and not Path(self.teacher_checkpoint).is_file():
             raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
         self.prepare()
@@ -92,6 +90,7 @@ class Comparison(Experiment):
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
         self.student_config = read_config(self.student, self.student_options, '--student')
         self.task = find_evaluator(self.student_config, '--student').task
+        self._recipes = {arm: read_recipe(recipe, self.task.name, '--kd') for arm, recipe in self.arms.items()}
         taught = find_evaluator(self.teacher_config, '--teacher').task
         if taught != self.task:
             raise DistillError(
@@ -113,11 +112,10 @@ class Comparison(Experiment):
         """A student's training; ``arm`` is ``'plain'`` or one of `arms`."""
         extra, settings = [], {}
         if arm != PLAIN:
-            recipe = self.arms[arm]
             checkpoint = self.teacher_weights()
-            extra = ['--kd', recipe, '--teacher', self.teacher, '--teacher-checkpoint', str(checkpoint)]
+            extra = ['--kd', self.arms[arm], '--teacher', self.teacher, '--teacher-checkpoint', str(checkpoint)]
             settings = dict(
-                recipe=Config.fromfile(find_recipe(recipe)).to_dict(),
+                recipe=self._recipes[arm],
                 teacher=Config(dict(model=self.teacher_config.model)).pretty_text,
                 teacher_weights=self.hash_of(checkpoint),
             )
@@ -138,7 +136,7 @@ class Comparison(Experiment):
         self, title: str, folder: Path, spec: str, config: Config, options: Sequence[str], seed: int, jobs: int
     ) -> Phase:
         folder = folder / 'train'
-        command = [*_tool('train'), spec, '--work-dir', str(folder), '--seed', str(seed), *_options(options)]
+        command = [*_command('train'), spec, '--work-dir', str(folder), '--seed', str(seed), *_options(options)]
         return Phase(
             title=f'train {title}',
             folder=folder,
@@ -156,7 +154,7 @@ class Comparison(Experiment):
         spec, config = (self.teacher, self.teacher_config) if teacher else (self.student, self.student_config)
         options = self.teacher_options if teacher else self.student_options
         folder = folder / 'test'
-        command = [*_tool('test'), spec, str(checkpoint), '--work-dir', str(folder)]
+        command = [*_command('test'), spec, str(checkpoint), '--work-dir', str(folder)]
         if self.task == SEGMENTATION:
             # Not --out: it dumps the logits too, some GB for a few hundred photographs.
             options = [*options, f'{find_evaluator(config, title).key}.output_dir={folder / LABEL_MAPS}']
@@ -207,7 +205,7 @@ class Comparison(Experiment):
     def history(self, folder: Path) -> History:
         history = read_history(folder)
         history.val = {step: self.task.fractions(line) for step, line in history.val.items()}
-        alpha = self._alphas.get(folder.parent.name)
+        alpha = self._recipes.get(folder.parent.name, {}).get('alpha')
         if alpha is not None:
             history.train = {step: _without_balance(line, alpha) for step, line in history.train.items()}
         return history
@@ -267,7 +265,7 @@ def _without_balance(line: Mapping[str, float], alpha: float) -> dict[str, float
 
 
 def read_config(spec: str, options: Sequence[str], where: str) -> Config:
-    """A config with ``key=value`` overrides applied as ``tools/train.py`` does."""
+    """A config with ``key=value`` overrides applied as ``kd-plugins train`` does."""
     config = load_config(spec, where)
     if options:
         parser = argparse.ArgumentParser()
@@ -304,11 +302,8 @@ def count_parameters(config: Config) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _tool(name: str) -> list[str]:
-    path = TOOLS / f'{name}.py'
-    if not path.is_file():
-        raise DistillError(f'{path} is missing: comparisons run from a checkout of the project.')
-    return [sys.executable, str(path)]
+def _command(name: str) -> list[str]:
+    return [sys.executable, '-m', 'kd_plugins.cli', name]
 
 
 def _options(options: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ class Task:
     """An evaluator and what it logs.
 
     Attributes:
+        name: What recipes call the task.
         evaluator: Name of its class.
         metrics: What the models are compared by.
         logged: The end of their keys in logs, in the same order.
@@ -27,6 +28,7 @@ class Task:
         measured: How the figures came about, for the note below the table.
     """
 
+    name: str
     evaluator: str
     metrics: Metrics
     logged: tuple[str, ...]
@@ -45,6 +47,7 @@ class Task:
 
 
 DETECTION = Task(
+    name='detection',
     evaluator='CocoMetric',
     metrics=BOXES,
     logged=('bbox_mAP', 'bbox_mAP_50'),
@@ -53,6 +56,7 @@ DETECTION = Task(
     measured='100 × COCO AP',
 )
 SEGMENTATION = Task(
+    name='segmentation',
     evaluator='IoUMetric',
     metrics=LABEL_MAPS,
     logged=('mIoU', 'mAcc'),
@@ -61,6 +65,7 @@ SEGMENTATION = Task(
     measured="means over the classes of mmseg's IoU and accuracy, in %",
 )
 MULTI_LABEL = Task(
+    name='classification',
     evaluator='MultiLabelAP',
     metrics=Metrics(('mAP', 'CF1', 'OF1'), ('map', 'cf1', 'of1')),
     logged=('mAP', 'CF1', 'OF1'),
@@ -78,6 +83,7 @@ def classification(topk: Sequence[int] = (1, 5)) -> Task:
     """
     ks = sorted({topk} if isinstance(topk, int) else set(topk))
     return Task(
+        name='classification',
         evaluator='Accuracy',
         metrics=Metrics(tuple(f'top-{k}' for k in ks), tuple(f'top{k}' for k in ks)),
         logged=tuple(f'top{k}' for k in ks),

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kd_plugins.errors import DistillError, nearest
+from kd_plugins.lab.checkout import CONFIGS
 from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
 from kd_plugins.lab.comparison.figures import Detections, Objects, Picture
 from kd_plugins.lab.comparison.history import History
@@ -21,12 +22,14 @@ from kd_plugins.lab.comparison.phases import Phase
 from kd_plugins.lab.comparison.table import BOXES, Metrics
 from kd_plugins.lab.comparison.yolo.evaluate import image_files
 from kd_plugins.lab.comparison.yolo.logs import MAP, TrainerProgress, read_history
+from kd_plugins.recipes import find_recipe, is_name, names
 from kd_plugins.yolo.callback import check_version, quiet
 from kd_plugins.yolo.cli import overrides_of
 from kd_plugins.yolo.recipe import read_recipe
 from kd_plugins.yolo.teacher import find_teacher
 
-RECIPES = Path(__file__).parents[3] / 'configs' / 'yolo'
+#: Examples of the repository.
+EXAMPLES = CONFIGS / 'yolo'
 NATIVE, DEFAULT = 'native', 'default'
 #: What this comparison sets itself; elsewhere it would be overwritten without a word.
 RESERVED = ('model', 'data', 'project', 'name', 'seed', 'resume', 'exist_ok', 'mode', 'task', 'distill_model', 'save')
@@ -46,7 +49,7 @@ class Comparison(Experiment):
         student: What the students start from, a ``.yaml`` or ``.pt``.
         data: Data set YAML.
         recipes: Distilled students: ``'native'`` (Ultralytics' ``distill_model=``), ``'default'`` (kd_plugins with its
-            defaults), a recipe in ``configs/yolo`` or a kd.yaml of your own.
+            defaults), the name of a recipe or of a file in ``configs/yolo``, or a kd.yaml of your own.
         work_dir: Everything is written below it. A second call with the same settings repeats nothing.
         seeds: Seeds of the students.
         student_options: ``key=value`` for every student's training, as for ``yolo train``.
@@ -104,16 +107,17 @@ class Comparison(Experiment):
         """Name and words for the command line of a distilled student; the teacher is added later."""
         if name in (NATIVE, DEFAULT):
             return name, []
-        path = Path(name)
-        if not path.is_file():
-            path = RECIPES / f'{name}.yaml'
-        if not path.is_file():
-            known = [NATIVE, DEFAULT, *sorted(p.stem for p in RECIPES.glob('*.yaml'))]
-            raise DistillError(f'--kd: there is no recipe {name!r}; {nearest(name, known)}')
+        examples = [p.stem for p in EXAMPLES.glob('*.yaml')]
+        if is_name(name) and name not in names():
+            if name not in examples:
+                known = [NATIVE, DEFAULT, *names('detection'), *examples]
+                raise DistillError(f'--kd: there is no recipe {name!r}; {nearest(name, known)}')
+            name = str(EXAMPLES / f'{name}.yaml')
+        path = find_recipe(name, '--kd')
         if path.stem in (TEACHER, PLAIN, NATIVE, DEFAULT):
             raise DistillError(f'--kd: an arm cannot be called {path.stem!r}; rename the recipe.')
-        read_recipe(path)
-        return path.stem, [f'kd={path.absolute()}']
+        read_recipe(name)
+        return path.stem, [f'kd={name if is_name(name) else path.absolute()}']
 
     def _refuse_other_tasks(self) -> None:
         from ultralytics import YOLO
@@ -141,7 +145,7 @@ class Comparison(Experiment):
             teacher = self.teacher_weights().absolute()
             key = 'distill_model' if arm == NATIVE else 'kd_teacher'
             phase.command = [*phase.command, *self.words[arm], f'{key}={teacher}']
-            recipe = Path(self.words[arm][0].removeprefix('kd=')).read_text() if self.words[arm] else None
+            recipe = find_recipe(self.words[arm][0].removeprefix('kd=')).read_text() if self.words[arm] else None
             phase.settings = {**phase.settings, 'recipe': recipe, 'teacher': self.hash_of(teacher)}
         return phase
 

@@ -11,7 +11,7 @@ from PIL import Image
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.data.coco_to_yolo import coco_to_yolo
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def write_coco(root, split, categories=((7, 'dog'), (3, 'cat')), **changes):

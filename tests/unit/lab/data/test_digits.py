@@ -20,7 +20,7 @@ from PIL import Image
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.data import formats, prepare, prepare_digits, render_scene, scans, scenes
 
-REPO = Path(__file__).parents[3]
+REPO = Path(__file__).parents[4]
 SMALL = {'train': 6, 'val': 4, 'size': 96, 'progress': False}
 
 

@@ -22,7 +22,7 @@ def test_own_loss_of_weight_zero_is_unknown():
 
 
 def test_curves_of_an_arm_know_its_balance(tmp_path):
-    (tmp_path / 'logits.py').write_text('alpha = 0.9\nterms = dict()\n')
+    (tmp_path / 'logits.py').write_text('alpha = 0.9\nterms = dict(logits=dict())\n')
     config = tmp_path / 'config.py'
     config.write_text(
         "model = dict(type='kd_plugins.TimmClassifier')\ntrain_cfg = dict(max_epochs=1)\n"

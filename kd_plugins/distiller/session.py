@@ -1,0 +1,725 @@
+"""The engine: from what was captured in student and teachers to weighted, named losses. Knows no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kd_plugins.adapters import adapt, auto_adapter, describe_adapter, traits_of
+from kd_plugins.distiller.balance import Balance
+from kd_plugins.distiller.bank import AdapterBank
+from kd_plugins.distiller.host import Host, Position
+from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
+from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
+from kd_plugins.distiller.protocol import Teacher
+from kd_plugins.distiller.schedules import Window
+from kd_plugins.distiller.summary import Row, count
+from kd_plugins.distiller.taps import Capture, Tap, find_module
+from kd_plugins.distiller.terms import Resolver, Term, build_adapter
+from kd_plugins.errors import DistillError, in_words, nearest
+from kd_plugins.losses._common import as_full
+from kd_plugins.losses.base import declaration_of
+from kd_plugins.predictions import Classes, ClassPredictions, Form, align_classes, forms, readable
+
+#: Iterations in which KD should have been computed and was not, after which a run is stopped.
+PATIENCE = 2
+
+
+class CannotRunError(DistillError):
+    """A model does not take the images of the start-up check; another size may do."""
+
+
+class Session:
+    """One distilled run.
+
+    A host builds it, calls :meth:`check` once, and then in every training iteration :meth:`begin_iteration`, an open
+    :meth:`capture` around the student's forward pass, and :meth:`losses`.
+
+    Args:
+        student: The plain student model (unwrapped).
+        teachers: The teachers by name, or the only one.
+        terms: Terms by name.
+        host: The framework. Default: a plain training loop.
+        classes: For each teacher by name ``(student_index, teacher_index)`` of the classes both know, None where the
+            sets are equal; or that of the only one.
+        window: In which epochs (iterations in an iteration-based run) KD is on.
+        alpha: Balance of the run: ``alpha`` times the KD losses and ``1 - alpha`` times the student's own, while KD is
+            on. None: both as they are.
+        resolve: Looks up adapter names that are not ours.
+
+    Attributes:
+        bank: The trainable adapters, in no module tree; empty for parameter-free terms.
+        optimizer: That of the adapters, between :meth:`attach` and :meth:`detach`.
+        follows: The student's optimizer, between the same.
+        position: Where in the run the next iteration is; set by the host.
+        notes: What the check found worth saying.
+
+    Raises:
+        DistillError: A term names a teacher or a place that does not exist.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Mapping[str, Teacher] | Teacher,
+        terms: dict[str, Term],
+        host: Host | None = None,
+        *,
+        classes: Mapping[str, Classes] | Classes = None,
+        window: Window | None = None,
+        alpha: float | None = None,
+        resolve: Resolver | None = None,
+    ) -> None:
+        self.student, self.terms = student, terms
+        self.host = Host() if host is None else host
+        self.teachers: dict[str, Teacher] = dict(teachers) if isinstance(teachers, Mapping) else {'': teachers}
+        self.window, self.alpha = Window() if window is None else window, alpha
+        self.position = Position()
+        self.balance = Balance()
+        self.bank = AdapterBank()
+        self.notes: list[str] = []
+        self.optimizer: AdapterOptimizer | None = None
+        self.follows: Optimizer | None = None
+        self._handle: Any = None
+        self._resolve = resolve
+        self._free: dict[str, nn.ModuleDict] = {}
+        self._asked, self._missed, self._checked = 0, 0, False
+        for term in terms.values():
+            try:
+                self._settle(term)
+            except DistillError as error:
+                raise DistillError(f'term {term.name!r}: {error}') from error
+        self.matching = Matching(student, self.teachers, {}, self.host.head(student))
+        self.set_classes(classes)
+
+    def __deepcopy__(self, memo: dict) -> Session:
+        # A copy of a model made during training copies hooks, and with them references that lead here.
+        return self
+
+    def _settle(self, term: Term) -> None:
+        """Find the teacher and the modules that a term names."""
+        owner = term.teacher.owner
+        if not owner and len(self.teachers) == 1:
+            owner = next(iter(self.teachers))
+        if owner not in self.teachers:
+            if not owner:
+                names = ', '.join(repr(f'{name}:{term.teacher}') for name in self.teachers)
+                raise DistillError(f'there are several teachers; say which one: teacher={names}.')
+            raise DistillError(f'there is no teacher {owner!r}: {nearest(owner, [n for n in self.teachers if n])}')
+        term.student = self.host.tap(self.student, term.student)
+        term.teacher = replace(self.teachers[owner].tap(term.teacher), owner=owner)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The only teacher.
+
+        Raises:
+            DistillError: There are several.
+        """
+        if len(self.teachers) != 1:
+            raise DistillError(f'There are {len(self.teachers)} teachers: {", ".join(self.teachers)}.')
+        return next(iter(self.teachers.values()))
+
+    @property
+    def classes(self) -> dict[str, Classes]:
+        """``(student_index, teacher_index)`` of the classes shared with each teacher, None when the sets are equal."""
+        return dict(self.matching.classes)
+
+    def set_classes(self, classes: Mapping[str, Classes] | Classes) -> None:
+        """Say which classes correspond, see `Session`."""
+        found = classes if isinstance(classes, Mapping) else dict.fromkeys(self.teachers, classes)
+        self.matching.classes = {name: found.get(name) for name in self.teachers}
+
+    def by_class(self, teacher: str) -> bool:
+        """Whether a term compares class by class with this teacher, so that their classes must be matched."""
+        return any(self.matching.by_class(t) for t in self.terms.values() if t.teacher.owner == teacher)
+
+    @property
+    def student_modules(self) -> list[str]:
+        """Paths that are tapped in the student."""
+        return list(dict.fromkeys(path for t in self.terms.values() for path in t.student.modules))
+
+    def capture(self, known: Sequence[str] = ()) -> Capture:
+        """A capture of the student's taps; opened around its forward pass.
+
+        Args:
+            known: Paths whose output the host puts into it itself, see `Capture.put`.
+        """
+        modules = self._modules([t.student for t in self.live])
+        return Capture(self.student, [m for m in modules if m not in known], 'student')
+
+    # ------------------------------------------------------------------ where in the run
+    @property
+    def active(self) -> bool:
+        """Whether KD is on at the current position: inside its window, with a weight above 0."""
+        return bool(self.live)
+
+    @property
+    def live(self) -> list[Term]:
+        """The terms that are on at the current position."""
+        now = self.position.unit
+        if not self.window(now) or self.alpha == 0:
+            return []
+        return [t for t in self.terms.values() if t.window(now) and self.weight(t) > 0]
+
+    def teaches(self, module: str) -> bool:
+        """Whether a student module is tapped by a term that is on at the current position."""
+        return any(module in t.student.modules for t in self.live)
+
+    def weight(self, term: Term) -> float:
+        """A term's weight at the current position."""
+        return term.weight(self.position.progress)
+
+    def begin_iteration(self, position: Position) -> None:
+        """A training iteration begins; the one before must have asked for :meth:`losses` if KD was on.
+
+        Raises:
+            DistillError: KD was on in several iterations, and the losses were never asked for.
+        """
+        if self._missed >= PATIENCE and not self._asked:
+            raise DistillError(
+                f'distillation was on for {self._missed} iterations, but {self.host.missed(self.student)}; nothing '
+                'was distilled.'
+            )
+        # One that is done again, with less memory, has not been missed.
+        self._missed = 0 if position.iteration <= self.position.iteration else self._missed
+        self.position = position
+        self._missed += self.active
+
+    @property
+    def asked(self) -> int:
+        """Iterations in which the KD losses were computed so far."""
+        return self._asked
+
+    def finish(self) -> str | None:
+        """The run is over: a sentence when nothing was ever distilled, for the log."""
+        if self._asked or all(t.always_zero for t in self.terms.values()):
+            return None
+        reason = f': {self.host.missed(self.student)}' if self._missed else ''
+        return f'This run was not distilled: KD ({self.window}) was never computed{reason}.'
+
+    # ------------------------------------------------------------------ before the first iteration
+    def check_heads(self) -> None:
+        """Refuse terms on whole heads that cannot be read.
+
+        Raises:
+            DistillError: A head has no reader for what the term's loss compares.
+        """
+        for term in self.terms.values():
+            try:
+                self.matching.form(term)
+            except DistillError as error:
+                raise DistillError(f'term {term.name!r}: {error}') from error
+        for name, teacher in self.teachers.items():
+            teacher.expect([(t.teacher, self.matching.form(t)) for t in self._of(name)])
+
+    def check(self, inputs: Tensor, samples: Any = None) -> list[Row]:
+        """Run all models once without gradients, build the adapters and check that every term fits.
+
+        Neither weights, buffers, modes nor random generators of the models change.
+
+        Args:
+            inputs: ``(B, C, H, W)`` a batch as the student is given it.
+            samples: What the framework hands on with it, or None.
+
+        Returns:
+            One row per term for the summary table.
+
+        Raises:
+            DistillError: A tap does not run or shapes do not fit.
+        """
+        # Before anything runs: some of these models cannot even be run without annotations.
+        self.check_heads()
+        around = {side: self._heads_around(side) for side in ('student', *self.teachers)}
+        modes = [(m, m.training) for m in self.student.modules()]
+        capture = Capture(self.student, [*self.student_modules, *around['student']], 'student')
+        try:
+            self.student.eval()
+            for module in capture.modules.values():
+                if any(readable(module, f) for f in forms() if f.trains_alone):
+                    # Only the head's own flag: it returns its training form while BN statistics stay.
+                    module.training = True
+            # With gradients, to see which taps have one.
+            with torch.enable_grad(), capture, self._running('student', self.student, inputs):
+                capture.image_size = tuple(inputs.shape[-2:])
+                self.host.run(self.student, inputs, samples, tuple(capture.modules))
+        finally:
+            for module, training in modes:
+                module.training = training
+        with torch.no_grad():
+            taught = {}
+            for name, teacher in self.teachers.items():
+                with self._running('teacher', teacher.model, inputs):
+                    paths = [*self._modules([t.teacher for t in self._of(name)]), *around[name]]
+                    taught[name] = self._ask(teacher, inputs, samples, paths)
+            batch = Batch(capture, taught, self.host.targets(inputs, samples))
+            heads = {side: self._read_heads(side, around[side], batch) for side in around}
+            rows = [self._check_term(term, batch, heads) for term in self.terms.values()]
+            for term in self.terms.values():
+                self._refuse_nan(term, batch)
+        self.notes += batch.notes.values()
+        self.notes += self._notes_on(batch, rows)
+        self._checked = True
+        return rows
+
+    def _notes_on(self, batch: Batch, rows: Sequence[Row]) -> list[str]:
+        notes = []
+        if all(t.always_zero for t in self.terms.values()):
+            notes.append('all weights are 0: the run is the plain one')
+        elif all(row.value == 0 for row in rows):
+            notes.append('student and teacher are equal so far: only what the labels change will be held back')
+        besides = {words for (side, *_), found in batch.read.items() if side == 'student' for words in found.besides}
+        if besides:
+            notes.append(f'not taught: {", ".join(sorted(besides))}')
+        return notes
+
+    def _of(self, teacher: str) -> list[Term]:
+        return [t for t in self.terms.values() if t.teacher.owner == teacher]
+
+    @staticmethod
+    def _modules(taps: Sequence[Tap]) -> list[str]:
+        return list(dict.fromkeys(path for tap in taps for path in tap.modules))
+
+    def _heads_around(self, side: str) -> list[str]:
+        """Readable heads in which a tapped layer lies: the layer may be what makes their class logits."""
+        model = self.student if side == 'student' else self.teachers[side].model
+        taps = [t.student if side == 'student' else t.teacher for t in self.terms.values()]
+        if side != 'student':
+            taps = [tap for tap in taps if tap.owner == side]
+        found = []
+        for tap in taps:
+            parts = tap.module.split('.')
+            for end in range(1, len(parts)):
+                path = '.'.join(parts[:end])
+                module = find_module(model, path, side)
+                if any(readable(module, f) for f in forms() if f.has_class_logits):
+                    found.append(path)
+        return list(dict.fromkeys(found))
+
+    def _read_heads(self, side: str, paths: Sequence[str], batch: Batch) -> list[tuple[str, Form]]:
+        capture = batch.student if side == 'student' else batch.teachers[side]
+        found: list[tuple[str, Form]] = []
+        for path in paths:
+            form = next(f for f in forms() if f.has_class_logits and readable(capture.modules[path], f))
+            try:
+                found.append((path, self.matching.read(capture.where, capture, Tap(path), form, batch)))
+            except DistillError:
+                # Whatever cannot be read for a term of its own is refused there.
+                continue
+        return found
+
+    def _check_term(self, term: Term, batch: Batch, heads: Mapping[str, Sequence[tuple[str, Form]]]) -> Row:
+        where = f'term {term.name!r}'
+        taught = batch.teachers[term.teacher.owner]
+        try:
+            whole = self.matching.reads(term)
+            if not term.always_zero:
+                _refuse_frozen(term, batch.student.maps(term.student))
+            if whole:
+                if not self._has_parts(term):
+                    self._keep(term, nn.ModuleList())
+                pair = self.matching.predictions(term, batch)
+                if term.declared.stands_for_another:
+                    term.loss = term.loss.for_predictions(*pair)
+                    term.declared = declaration_of(term.loss)
+                value = self._compare(term, *pair, batch)
+                found = pair[0].describe(), pair[1].describe()
+                adapter = 'none'
+            else:
+                pairs = self.matching.tensors(term, batch)
+                owners = {'student': heads['student'], 'teacher': heads[term.teacher.owner]}
+                refuse_layers_of_logits(term, batch, owners)
+                if not self._has_parts(term):
+                    self._build_adapters(term, pairs)
+                with _evaluating(self._parts(term)):
+                    value = self._tensor_loss(term, pairs, batch)
+                found = shapes([p[0] for p in pairs]), shapes([p[1] for p in pairs])
+                adapter = self._describe_adapters(term, pairs)
+        except DistillError as error:
+            raise DistillError(f'{where}: {error}') from error
+        except Exception as error:
+            sides = [
+                f'{tap} ({shapes(c.maps(tap))})' for c, tap in ((batch.student, term.student), (taught, term.teacher))
+            ]
+            raise DistillError(
+                f'{where}: its adapter or {type(term.loss).__name__} fails on student {sides[0]} and teacher '
+                f'{sides[1]}: {in_words(error)}; correct their options.'
+            ) from error
+        if value.dim() != 0:
+            raise DistillError(f'{where}: {type(term.loss).__name__} must return a scalar, got {tuple(value.shape)}.')
+        return Row(
+            name=term.name,
+            loss=type(term.loss).__name__,
+            student=str(term.student),
+            student_shape=found[0],
+            teacher=str(term.teacher),
+            teacher_shape=found[1],
+            adapter=adapter,
+            parameters=sum(p.numel() for p in self._parts(term).parameters()),
+            weight=str(term.weight),
+            when='' if term.window == Window() else str(term.window),
+            value=float(value),
+        )
+
+    def _refuse_nan(self, term: Term, batch: Batch) -> None:
+        tensors = batch.teachers[term.teacher.owner].maps(term.teacher)
+        if self.matching.form(term) is not None:
+            # Large raw outputs are finite, but the boxes decoded from them may not be.
+            tensors = [*tensors, *self.matching.predictions(term, batch)[1].tensors()]
+        for tensor in tensors:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise DistillError(
+                    f'term {term.name!r}: the teacher returns NaN or infinite values at {str(term.teacher)!r}; '
+                    'its checkpoint is damaged, or its normalisation or precision is wrong.'
+                )
+
+    def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        built: list[nn.Module] = []
+        for student, teacher in pairs:
+            if term.projects:
+                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
+            elif term.consumes != 'features' or term.adapter is None or term.declared.any_grid:
+                adapter = None
+            elif term.automatic:
+                options = {k: v for k, v in term.automatic.items() if k != 'prefix_tokens'}
+                adapter = auto_adapter(
+                    tuple(student.shape), tuple(teacher.shape), channels=not term.declared.any_channels, **options
+                )
+            else:
+                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
+            if adapter is None:
+                built.append(_Identity())
+                continue
+            built.append(traits_of(adapter).for_shapes(tuple(student.shape), tuple(teacher.shape)))
+        losses = None
+        if term.declared.built_per_level:
+            # A loss with parts of its own is built once per level, for what the adapter hands it.
+            losses = nn.ModuleList([term.loss.for_channels(teacher.shape[1]) for _, teacher in pairs])
+        theirs = None
+        if term.teacher_adapter is not None:
+            theirs = build_adapter(term, term.teacher_adapter, 'teacher_adapter', self._resolve)
+            if _trainable(theirs):
+                raise DistillError(
+                    'teacher_adapter has parameters to train, with which teacher and student could agree on anything; '
+                    "take one without, e.g. dict(type='ChannelNorm')."
+                )
+        self._keep(term, nn.ModuleList(built), losses, theirs)
+
+    def _keep(
+        self,
+        term: Term,
+        adapters: nn.ModuleList,
+        losses: nn.ModuleList | None = None,
+        theirs: nn.Module | None = None,
+    ) -> None:
+        parts = nn.ModuleDict({'adapters': adapters})
+        if losses is not None:
+            parts['losses'] = losses
+        elif _trainable(term.loss):
+            parts['loss'] = term.loss
+        parts.to(next(self.student.parameters()).device)
+        if _trainable(parts):
+            self.bank.add_module(term.name, parts)
+        else:
+            self._free[term.name] = parts
+        if theirs is not None:
+            self._free[f'teacher of {term.name}'] = nn.ModuleDict({'adapter': theirs})
+
+    def _has_parts(self, term: Term) -> bool:
+        return term.name in self._free or term.name in self.bank._modules
+
+    def _parts(self, term: Term) -> nn.ModuleDict:
+        parts = self.bank._modules.get(term.name) or self._free.get(term.name)
+        return parts if parts is not None else _NONE
+
+    def _adapters(self, term: Term) -> nn.ModuleList:
+        return self._parts(term)['adapters']
+
+    def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> str:
+        words = [
+            describe_adapter(None if isinstance(a, _Identity) else a, tuple(s.shape), tuple(t.shape))
+            for a, (s, t) in zip(self._adapters(term), pairs, strict=True)
+        ]
+        if 'losses' in self._parts(term):
+            own = [
+                f'{type(m).__name__} {count(sum(p.numel() for p in m.parameters()))}'
+                for m in self._parts(term)['losses']
+            ]
+            words = [f'{word}, {part}' if word != 'none' else part for word, part in zip(words, own, strict=True)]
+        return '; '.join(dict.fromkeys(words)) or 'none'
+
+    # ------------------------------------------------------------------ every iteration
+    def losses(self, capture: Capture, inputs: Any, samples: Any) -> dict[str, Tensor]:
+        """The weighted KD losses of one iteration.
+
+        Args:
+            capture: The closed capture of the student's forward pass.
+            inputs: The batch the student saw.
+            samples: What the framework hands on with it.
+
+        Returns:
+            ``loss_kd_<name>`` for every term (a constant 0 while the term is off), with gradients to the student.
+
+        Raises:
+            DistillError: A tap did not run, carries no gradient, or the teacher returned NaN.
+        """
+        device = _like(inputs, self.student).device
+        live = [t for t in self.live if self.host.factor(t.student)]
+        result = {f'loss_kd_{name}': torch.zeros((), device=device) for name in self.terms}
+        self.bank.mark(term.name for term in live)
+        if not live:
+            return result
+        self._asked += 1
+        capture.image_size = tuple(inputs.shape[-2:]) if isinstance(inputs, Tensor) else None
+        taps: dict[str, list[Tap]] = {}
+        for term in live:
+            taps.setdefault(term.teacher.owner, []).append(term.teacher)
+        taught = {n: self._ask(self.teachers[n], inputs, samples, self._modules(t)) for n, t in taps.items()}
+        labels = self.host.targets(inputs, samples) if any(map(self._needs_labels, live)) else None
+        batch = Batch(capture, taught, labels)
+        for term in live:
+            if term.temperature is not None:
+                term.loss.temperature = term.temperature(self.position.progress)
+            try:
+                value = self._term_loss(term, batch)
+            except DistillError as error:
+                raise DistillError(f'term {term.name!r}: {error}') from error
+            balance = 1.0 if self.alpha is None else self.alpha
+            result[f'loss_kd_{term.name}'] = value * (self.weight(term) * balance * self.host.factor(term.student))
+        return result
+
+    def _ask(self, teacher: Teacher, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
+        seen = self.host.for_teacher(inputs)
+        teacher.to(_like(seen, self.student))
+        return teacher.outputs(seen, samples, modules)
+
+    def _needs_labels(self, term: Term) -> bool:
+        form = ClassPredictions if term.projects else self.matching.form(term)
+        partly = form is not None and form.needs_labels(self.matching.classes_of(term))
+        return partly or term.declared.needs_target or getattr(term.samples, 'needs_target', False)
+
+    def _term_loss(self, term: Term, batch: Batch) -> Tensor:
+        if self.matching.reads(term):
+            student, teacher = self.matching.predictions(term, batch)
+            found = student.tensors()
+            value = self._compare(term, student, teacher, batch)
+        else:
+            pairs = self.matching.tensors(term, batch)
+            found = [ours for ours, _ in pairs]
+            value = self._tensor_loss(term, pairs, batch)
+        if torch.is_grad_enabled():
+            # Again: other than in the dry run, the model trains now, and may have been frozen since.
+            # A part of it may be cut off: a layer that is frozen, the prototypes of YOLO26's one-to-one branch.
+            _refuse_frozen(term, found)
+        return value
+
+    def _compare(self, term: Term, student: Form, teacher: Form, batch: Batch) -> Tensor:
+        """The loss of two aligned predictions; with ``samples`` that of every image on its own, weighted."""
+        classes = self.matching.classes_of(term)
+        with torch.autocast(student.source.device.type, enabled=False):
+            if term.samples is None:
+                return type(student).compare(term.loss, term.declared, student, teacher, batch.target, classes)
+            weights = term.samples(student, teacher, batch.target)
+            values = [
+                type(student).compare(
+                    term.loss,
+                    term.declared,
+                    student.image(i),
+                    teacher.image(i),
+                    None if batch.target is None else batch.target[i : i + 1],
+                    classes,
+                )
+                for i in range(len(weights))
+            ]
+            return (weights.detach() * torch.stack(values)).mean()
+
+    def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
+        parts = self._parts(term)
+        adapters = parts['adapters']
+        theirs = self._free.get(f'teacher of {term.name}')
+        classes = self.matching.classes_of(term)
+        values = []
+        for level, (student, teacher) in enumerate(pairs):
+            if theirs is not None:
+                with torch.no_grad():
+                    teacher = theirs['adapter'](teacher, student)
+            if len(adapters):
+                student = adapt(adapters[level], student, teacher, batch.student.image_size)
+            if term.consumes == 'features' and student.dim() == teacher.dim() == 3:
+                # Channels second, as in maps.
+                student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
+            if not _fit(term, student, teacher):
+                advice = "write adapter='auto'" if term.adapter is None else 'choose taps or an adapter that fit'
+                raise DistillError(
+                    f'student {str(term.student)!r} is {shapes([student])} but teacher {str(term.teacher)!r} is '
+                    f'{shapes([teacher])}; {advice}.'
+                )
+            if term.projects:
+                # Projectors make all of the teacher's classes: which are shared is known later than their size.
+                known = None if classes is None else (classes[1], classes[1])
+                kind = self.matching.teacher_classes(term, batch).activation
+                pair = align_classes(ClassPredictions(student, kind), ClassPredictions(teacher, kind), known)
+                values.append(self._compare(term, *pair, batch))
+                continue
+            loss = parts['losses'][level] if 'losses' in parts else term.loss
+            # Also for users' own losses: half precision overflows.
+            with torch.autocast(student.device.type, enabled=False):
+                if term.declared.needs_target:
+                    values.append(loss(as_full(student), as_full(teacher), batch.target))
+                else:
+                    values.append(loss(as_full(student), as_full(teacher)))
+        return torch.stack(values).mean()
+
+    # ------------------------------------------------------------------ with the student's optimizer
+    def attach(self, optimizer: Optimizer, clip: Clip | float | None = None, scaler: Any = None) -> None:
+        """Let adapters and teachers follow the student's optimizer; after :meth:`check`.
+
+        Args:
+            optimizer: The student's.
+            clip: How the framework clips gradients, see `AdapterOptimizer`.
+            scaler: Its ``GradScaler``, or what returns it, see `AdapterOptimizer`.
+        """
+        self.detach()
+        if self.trainable:
+            self.optimizer = AdapterOptimizer(self.bank, optimizer, clip=clip, scaler=scaler)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self.follows = optimizer
+
+    def detach(self) -> None:
+        """Leave the student's optimizer as it was found."""
+        if self._handle is not None:
+            self._handle.remove()
+        if self.optimizer is not None:
+            self.optimizer.close()
+        self._handle = self.optimizer = self.follows = None
+
+    def _after_step(self, *step: Any) -> None:
+        for teacher in self.teachers.values():
+            teacher.after_step()
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is anything to train besides the student."""
+        return _trainable(self.bank)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs; empty where a checkpoint of the student says it all."""
+        found: dict[str, Any] = {} if self.optimizer is None else dict(self.optimizer.state())
+        teachers = {name: saved for name, t in self.teachers.items() if (saved := dict(t.state()))}
+        return {**found, 'teachers': teachers} if teachers else found
+
+    def load_state(self, state: Mapping[str, Any], source: str) -> None:
+        """Restore what :meth:`state` returned; after :meth:`attach`.
+
+        Args:
+            state: What it returned.
+            source: Where it was saved, for messages.
+
+        Raises:
+            DistillError: Something is missing, or belongs to another run.
+        """
+        if self.optimizer is not None:
+            if 'adapters' not in state:
+                raise DistillError(
+                    f'{source} to resume from holds no adapters, so it was not written by this distilled run; to '
+                    'start a distilled run from its weights use load_from without --resume.'
+                )
+            self.optimizer.load_state(state, source)
+        saved = state.get('teachers', {})
+        for name, teacher in self.teachers.items():
+            if teacher.state():
+                if name not in saved:
+                    raise DistillError(
+                        f'{source} to resume from holds nothing of the teacher {name!r} ({teacher.mode}), so it was '
+                        'not written by this distilled run; start anew from its weights.'
+                    )
+                teacher.load_state(saved[name])
+
+    # ------------------------------------------------------------------ around the losses
+    def refuse_nan(self, task: Tensor, losses: Mapping[str, Tensor]) -> None:
+        """In the first distilled iteration only (it synchronises): real images can overflow what the check did not.
+
+        Args:
+            task: The student's own loss.
+            losses: What :meth:`losses` returned.
+
+        Raises:
+            DistillError: A KD loss is not finite, while the student's own is.
+        """
+        if self._asked != 1:
+            return
+        wrong = [k for k, v in losses.items() if not torch.isfinite(v)]
+        if wrong and torch.isfinite(task):
+            raise DistillError(
+                f"{wrong[0]} is {losses[wrong[0]].item()} in its first iteration, while the student's own loss is "
+                "finite: the teacher's outputs overflow on these images; check its checkpoint, normalisation and "
+                'precision.'
+            )
+
+    @contextmanager
+    def _running(self, side: str, model: nn.Module, inputs: Tensor) -> Iterator[None]:
+        """Names the model, where an exception of its own would only say what it stumbled over."""
+        try:
+            yield
+        except DistillError as error:
+            raise DistillError(f'{side}: {error}') from error
+        except Exception as error:
+            size = 'x'.join(map(str, inputs.shape[-2:]))
+            raise CannotRunError(
+                f'The {side} ({type(model).__name__}) cannot be run on an image of {inputs.shape[1]} channel(s) and '
+                f'{size} pixels: {in_words(error)}; if it was made for one size only, write that as '
+                f'{self.host.size_option(side)}.'
+            ) from error
+
+
+def _refuse_frozen(term: Term, tensors: Sequence[Tensor]) -> None:
+    if not any(t.requires_grad for t in tensors):
+        raise DistillError(
+            f'the student tap {str(term.student)!r} carries no gradient, so distilling there trains nothing; '
+            'it is frozen, or inside an activation-checkpointed module: tap a trainable module, or the '
+            'checkpointed module itself.'
+        )
+
+
+def _fit(term: Term, student: Tensor, teacher: Tensor) -> bool:
+    """Whether the shapes are what a loss can compare."""
+    if student.shape[:1] != teacher.shape[:1]:
+        return False
+    if term.declared.any_grid:
+        return True
+    start = 2 if term.declared.any_channels else 1
+    return student.dim() == teacher.dim() and student.shape[start:] == teacher.shape[start:]
+
+
+class _Identity(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return student
+
+
+_NONE = nn.ModuleDict({'adapters': nn.ModuleList()})
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """So that a check leaves the statistics of batch normalisation alone, and one image is enough for it."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _like(inputs: Any, model: nn.Module) -> Tensor:
+    return inputs if isinstance(inputs, Tensor) else next(model.parameters())

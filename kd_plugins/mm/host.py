@@ -1,0 +1,65 @@
+"""MMEngine as the engine sees it: models of the MM family, their labels, and where the run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.runner import IterBasedTrainLoop
+from torch import Tensor, nn
+
+from kd_plugins.distiller import Host, Position, Tap
+from kd_plugins.mm.forward import run_modules, settle
+from kd_plugins.mm.task import task_of
+
+
+class MMHost(Host):
+    """A model of mmdet, mmseg or timm in MMEngine's Runner."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.task = task_of(student)
+
+    def tap(self, student: nn.Module, tap: Tap) -> Tap:
+        return settle(student, tap, 'student')
+
+    def head(self, student: nn.Module) -> str:
+        return settle(student, Tap(self.task.head), 'student').module if self.task.head else ''
+
+    def run(self, student: nn.Module, inputs: Any, samples: Any, modules: Sequence[str]) -> None:
+        run_modules(student, inputs, samples, modules)
+
+    def targets(self, inputs: Any, samples: Any) -> Tensor | None:
+        return self.task.targets(inputs, samples)
+
+    def size_option(self, side: str) -> str:
+        return self.task.size_option() if side == 'student' else super().size_option(side)
+
+    def missed(self, student: nn.Module) -> str:
+        own = type(student)
+        if own.train_step is not BaseModel.train_step:
+            return (
+                f"{own.__name__} has a train_step of its own, which does not call self(**data, mode='loss'), where "
+                'the hook adds its losses'
+            )
+        return f"nothing called {own.__name__} with mode='loss', where the hook adds its losses"
+
+
+def find_in_registries(name: str) -> Callable[..., nn.Module] | None:
+    """A user's loss or adapter from MMEngine's registries, in the scope of the running config; None if unknown."""
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(name)
+
+
+def position_of(runner: Any) -> Position:
+    """Where the next iteration is."""
+    return Position(runner.iter, runner.max_iters, unit_of(runner)[1])
+
+
+def unit_of(runner: Any) -> tuple[str, int, int]:
+    """What ``start`` and ``stop`` are counted in: ``('epoch', done, total)``, or iterations in an iteration loop."""
+    loop = runner.train_loop
+    if isinstance(loop, IterBasedTrainLoop):
+        return 'iteration', loop.iter, loop.max_iters
+    return 'epoch', loop.epoch, loop.max_epochs

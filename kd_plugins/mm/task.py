@@ -1,0 +1,74 @@
+"""What kind of model of the MM family one is, and everything that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd_plugins.classification.sample import class_labels
+from kd_plugins.mm.targets import labels
+from kd_plugins.predictions import ClassLogits
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of model.
+
+    Attributes:
+        name: As recipes name it.
+        model: What such a model is called in messages.
+        head: Path of what predicts, ``''`` where there is no such module.
+        targets: ``targets(inputs, samples)``: the labels of a batch as losses want them, or None.
+    """
+
+    name: str
+    model: str
+    head: str
+    targets: Callable[[Any, Any], Tensor | None]
+
+    def size(self, model: nn.Module) -> tuple[int, int] | None:
+        """``(height, width)`` of all images that a model is given; None: batches have any size."""
+        return None
+
+    def size_option(self) -> str:
+        """How a user writes the size of the images of a student that takes one only."""
+        return 'data_preprocessor.size'
+
+    def teach(self, model: nn.Module, modules: Sequence[str]) -> None:
+        """A forward pass begins in which these modules are taught; with none of them, it is over."""
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Classes of whole images, through a `ClassLogits`."""
+
+    def size(self, model: nn.Module) -> tuple[int, int] | None:
+        return getattr(getattr(model, 'data_preprocessor', None), 'size', None)
+
+    def size_option(self) -> str:
+        return 'model.input_size'
+
+    def teach(self, model: nn.Module, modules: Sequence[str]) -> None:
+        # While the head of a distillation token is taught, the labels teach the class head alone.
+        if hasattr(model, 'separate_heads'):
+            model.separate_heads = 'dist_logits' in modules
+
+
+CLASSIFICATION = Classification('classification', 'classifier', 'logits', class_labels)
+#: In this order: a detector may have a semantic branch besides.
+DENSE = (
+    Task('detection', 'detector', 'bbox_head', labels),
+    Task('segmentation', 'segmentor', 'decode_head', labels),
+)
+#: Models without a head that predicts for every position: two-stage detectors, DETRs, and whatever comes.
+OTHER = Task('detection', 'model', '', labels)
+
+
+def task_of(model: nn.Module) -> Task:
+    """The kind of a model."""
+    if isinstance(getattr(model, 'logits', None), ClassLogits):
+        return CLASSIFICATION
+    return next((task for task in DENSE if isinstance(getattr(model, task.head, None), nn.Module)), OTHER)

@@ -1,0 +1,167 @@
+"""What a canonical form of predictions is: everything that the engine has to know about one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from kd_plugins.errors import DistillError, nearest
+from kd_plugins.losses.base import Declaration
+
+#: ``(student_index, teacher_index)`` of the classes that are compared; None: all, in the same order.
+Classes = tuple[Sequence[int], Sequence[int]] | None
+F = TypeVar('F', bound='Form')
+
+_FORMS: dict[str, type[Form]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Predictions of one head for one batch, whoever made it. A new form is a subclass in a file of its own.
+
+    Instances are immutable dataclasses.
+
+    Attributes:
+        name: What a loss that takes such predictions whole writes as its ``consumes``.
+        head: What heads of this form are called in messages, e.g. ``'detection'``.
+        decoding: Methods that give a head's outputs their meaning: a class that overrides one between the head and the
+            class that a reader was written for has outputs that the reader would misread.
+        has_class_logits: Whether losses on logits compare it, by its class logits.
+        as_maps: Whether losses on features compare it, by `maps`, class by class.
+        unbatched: Fields whose tensors are the same for all images.
+        trains_alone: Whether a head may train while the rest of its model does not, to return what it does there.
+        repeated: Whether a head may run more than once in a forward pass; its first call counts.
+    """
+
+    name: ClassVar[str]
+    head: ClassVar[str]
+    decoding: ClassVar[tuple[str, ...]] = ()
+    has_class_logits: ClassVar[bool] = False
+    as_maps: ClassVar[bool] = False
+    unbatched: ClassVar[tuple[str, ...]] = ()
+    trains_alone: ClassVar[bool] = False
+    repeated: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _FORMS[cls.name] = cls
+
+    @classmethod
+    def align(cls: type[F], student: F, teacher: F, classes: Classes = None) -> tuple[F, F]:
+        """Make two heads' predictions comparable: the same positions, classes and activation.
+
+        Args:
+            student: Predictions of the student; gradients flow through what is returned.
+            teacher: Predictions of the teacher for the same images, detached.
+            classes: The classes that correspond.
+
+        Raises:
+            DistillError: They cannot be compared.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def compare(
+        cls: type[F],
+        loss: nn.Module,
+        declared: Declaration,
+        student: F,
+        teacher: F,
+        target: Tensor | None = None,
+        classes: Classes = None,
+    ) -> Tensor:
+        """What a loss says of two aligned predictions.
+
+        Args:
+            loss: The loss.
+            declared: What it takes.
+            student: Aligned predictions of the student.
+            teacher: Aligned predictions of the teacher.
+            target: Labels of the batch in the student's classes, or None.
+            classes: The classes that were aligned.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            DistillError: The loss does not suit these heads.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def needs_labels(cls, classes: Classes) -> bool:
+        """Whether losses without a target need the labels too, e.g. to leave out images of unknown classes."""
+        return False
+
+    @property
+    def source(self) -> Tensor:
+        """The tensor that carries the student's gradient if any does."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """Every prediction, which must be finite."""
+        return [v for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)]
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """What the head predicts besides that is not in here, in words, for the summary."""
+        return ()
+
+    def describe(self) -> str:
+        """In words, for the summary."""
+        raise NotImplementedError
+
+    def maps(self: F, other: F) -> tuple[Tensor, Tensor]:
+        """``(B, C, H, W)`` of this and of other aligned predictions, for losses on features."""
+        raise NotImplementedError
+
+    def made_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds (some of) the class logits of these predictions: it comes from the layer that makes
+        them."""
+        return False
+
+    def full(self: F) -> F:
+        """In float32 (float64 stays) where the losses do not see to that themselves."""
+        return self
+
+    def image(self: F, index: int) -> F:
+        """The predictions for one image, as a batch of one."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.unbatched}
+        return self.replace(**{n: v[index : index + 1] for n, v in found.items() if isinstance(v, Tensor)})
+
+    def replace(self: F, **changes: Any) -> F:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def detach(self: F) -> F:
+        """Cut from the autograd graph."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changes = {n: v.detach() for n, v in found.items() if isinstance(v, Tensor) and v.requires_grad}
+        return self.replace(**changes) if changes else self
+
+
+def forms() -> tuple[type[Form], ...]:
+    """Every form there is, in the order in which they became known."""
+    return tuple(_FORMS.values())
+
+
+def form_named(name: str, where: str = 'consumes') -> type[Form]:
+    """The form of a name.
+
+    Raises:
+        DistillError: There is none.
+    """
+    if name not in _FORMS:
+        raise DistillError(f'{where} names no form of predictions: {name!r}; {nearest(name, _FORMS)}')
+    return _FORMS[name]
+
+
+def refuse_activation(loss: nn.Module, activation: str, of: str, advice: str) -> DistillError:
+    """The error for a loss on classes of another kind."""
+    words = {'softmax': 'a softmax together', 'sigmoid': 'a sigmoid each', 'probability': 'a sigmoid each'}
+    return DistillError(
+        f'{type(loss).__name__} does not suit {of}, whose classes are {words[activation]}; write {advice}.'
+    )

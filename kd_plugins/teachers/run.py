@@ -1,0 +1,223 @@
+"""From the options of a distilled run, which are the same in every zoo, to its session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
+from kd_plugins.distiller.terms import Resolver, resolver_of
+from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.predictions import Classes, match_classes
+from kd_plugins.teachers.pixels import PixelFormat
+from kd_plugins.teachers.sources import build_source, find_source
+
+#: What a run is told, whatever the zoo.
+KEYS = ('teacher', 'teachers', 'terms', 'recipe', 'start', 'stop', 'alpha', 'class_map', 'imports')
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is taught by whom, and when.
+
+    Attributes:
+        teachers: ``teacher`` mappings by name, see `kd_plugins.teachers.sources`; the only one is named ``''``.
+        terms: See `kd_plugins.distiller.Term`.
+        window: In which epochs (iterations in an iteration-based run) KD is on.
+        alpha: Balance in [0, 1]: while KD is on, ``alpha`` times the KD losses and ``1 - alpha`` times the student's
+            own. None: the student's own losses stay as they are, and the terms' weights say it all.
+        class_map: The teacher's name for a class of the student, ``{student name: teacher name}``, where they differ.
+        imports: Modules of the user's own losses, adapters, readers and schedules.
+    """
+
+    teachers: Mapping[str, Any]
+    terms: Mapping[str, Any]
+    window: Window = field(default_factory=Window)
+    alpha: float | None = None
+    class_map: Mapping[str, str] | None = None
+    imports: Sequence[str] = ()
+
+    @classmethod
+    def read(cls, options: Any, task: str = '', where: str = 'distill') -> RunOptions:
+        """Read the options of a config.
+
+        Args:
+            options: Mapping with keys among `KEYS`; ``recipe`` names one of `kd_plugins.recipes`, whose terms are
+                completed (or replaced, name by name) by ``terms``.
+            task: What the student does, for recipes that differ between tasks.
+            where: What the mapping is, for messages.
+
+        Raises:
+            DistillError: A key is unknown or missing, or a value cannot be right.
+        """
+        if not isinstance(options, Mapping):
+            raise DistillError(f'{where} must be dict(teacher=..., terms=...), got {options!r}.')
+        check_keys(options, KEYS, where)
+        options = {k: v for k, v in options.items() if v is not None}
+        if options.get('recipe'):
+            from kd_plugins.recipes import load_recipe
+
+            recipe = load_recipe(options.pop('recipe'), task, f'{where}.recipe')
+            terms = {**recipe.pop('terms'), **options.get('terms', {})}
+            options = {**recipe, **options, 'terms': terms}
+        if 'teacher' in options and 'teachers' in options:
+            raise DistillError(f'{where} has both teacher and teachers; write all of them in teachers=dict(name=...).')
+        if not ('teacher' in options or 'teachers' in options) or 'terms' not in options:
+            missing = 'terms' if 'teacher' in options or 'teachers' in options else 'teacher'
+            raise DistillError(f"{where} needs 'teacher' and 'terms'; {missing!r} is missing.")
+        teachers = {'': options['teacher']} if 'teacher' in options else options['teachers']
+        if (
+            not isinstance(teachers, Mapping)
+            or not teachers
+            or not all(str(n).isidentifier() or not n for n in teachers)
+        ):
+            raise DistillError(f'{where}.teachers must be dict(name=dict(...), ...), got {teachers!r}.')
+        return cls(
+            teachers=teachers,
+            terms=options['terms'],
+            window=build_window(options.get('start'), options.get('stop')),
+            alpha=_alpha(options.get('alpha')),
+            class_map=_class_map(options.get('class_map')),
+            imports=options.get('imports', ()),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain data, such that ``read`` of it is equal."""
+        found: dict[str, Any] = dict(self.teachers)
+        one = {'teacher': found['']} if set(found) == {''} else {'teachers': found}
+        return {
+            **one,
+            'terms': self.terms,
+            'start': self.window.start,
+            'stop': self.window.stop,
+            'alpha': self.alpha,
+            'class_map': self.class_map,
+            'imports': list(self.imports),
+        }
+
+
+def load_teachers(
+    sources: Mapping[str, Any], student: nn.Module, host: Host, pixels: PixelFormat
+) -> tuple[dict[str, Teacher], list[str]]:
+    """Load the teachers of a run.
+
+    Args:
+        sources: ``teacher`` mappings by name.
+        student: The plain student.
+        host: The framework.
+        pixels: What the student's batches look like.
+
+    Returns:
+        The teachers by name, and notes for the summary.
+
+    Raises:
+        DistillError: One is missing, misspelt or damaged.
+    """
+    teachers: dict[str, Teacher] = {}
+    notes: list[str] = []
+    for name, cfg in sources.items():
+        try:
+            teachers[name], more = build_source(find_source(cfg), pixels)
+        except DistillError as error:
+            raise DistillError(f'teacher {name!r}: {error}' if name else str(error)) from error
+        teachers[name].begin(student, host)
+        notes += more
+    return teachers, notes
+
+
+def open_session(
+    student: nn.Module,
+    teachers: Mapping[str, Teacher],
+    options: RunOptions,
+    host: Host,
+    resolve: Resolver | None = None,
+) -> Session:
+    """The session of a run; classes are paired by :func:`pair_classes` afterwards.
+
+    Args:
+        student: The plain student.
+        teachers: The loaded teachers.
+        options: What the run is told.
+        host: The framework.
+        resolve: Looks up losses and adapters that are in no module of ``imports``.
+
+    Raises:
+        DistillError: A term is misspelt, or names what does not exist.
+    """
+    resolve = resolver_of(options.imports, resolve)
+    terms = build_terms(options.terms, resolve)
+    return Session(student, teachers, terms, host, window=options.window, alpha=options.alpha, resolve=resolve)
+
+
+def pair_classes(
+    student: Sequence[str] | None,
+    teacher: Sequence[str] | None,
+    class_map: Mapping[str, str] | None = None,
+    *,
+    student_count: int | None = None,
+    teacher_count: int | None = None,
+    taught: int | Sequence[int] | None = None,
+) -> Classes:
+    """Which class of the student is which of the teacher, by name; None when the sets are equal.
+
+    Args:
+        student: Names of the student's classes.
+        teacher: Names of the teacher's classes.
+        class_map: ``{student name: teacher name}`` where the names differ.
+        student_count: Classes the student's head predicts.
+        teacher_count: Classes the teacher's head predicts.
+        taught: The student's classes (or the only one) that this run trains; None: all.
+
+    Raises:
+        DistillError: The map names classes that do not exist, or no class is common to both.
+    """
+    mapped = student
+    if class_map:
+        for side, known, given in (('student', student, class_map), ('teacher', teacher, class_map.values())):
+            for name in given:
+                if name not in (known or ()):
+                    raise DistillError(f'class_map: the {side} has no class {name!r}; {nearest(name, known or ())}')
+        mapped = [class_map.get(n, n) for n in student or ()]
+        twice = next((n for n in mapped if mapped.count(n) > 1), None)
+        if twice is not None:
+            both = [s for s, m in zip(student or (), mapped, strict=True) if m == twice]
+            raise DistillError(
+                f"class_map: {' and '.join(map(repr, both))} of the student would both be the teacher's {twice!r}; map "
+                'one of them only, or give the other another name.'
+            )
+    try:
+        found = match_classes(mapped, teacher, student_count=student_count, teacher_count=teacher_count)
+    except DistillError as error:
+        raise DistillError(
+            f'{error} If they mean the same under other names, write class_map={{student name: teacher name}}, or '
+            "classes=[...] with the names of the teacher's outputs."
+        ) from error
+    if taught is None:
+        return found
+    number = student_count if student_count is not None else len(student or ())
+    pairs = zip(*found, strict=True) if found is not None else ((i, i) for i in range(number))
+    chosen = {taught} if isinstance(taught, int) else set(taught)
+    kept = [(ours, theirs) for ours, theirs in pairs if ours in chosen]
+    if not kept:
+        raise DistillError('The teacher knows none of the classes that classes=[...] of this run trains.')
+    return [ours for ours, _ in kept], [theirs for _, theirs in kept]
+
+
+def _alpha(value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
+        raise DistillError(
+            f"alpha must be a number in [0, 1] (alpha x distillation + (1 - alpha) x the student's own loss), "
+            f'got {value!r}.'
+        )
+    return value
+
+
+def _class_map(value: Any) -> Mapping[str, str] | None:
+    if value is not None and (
+        not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+    ):
+        raise DistillError(f'class_map must be {{student name: teacher name}}, got {value!r}.')
+    return value
