@@ -17,6 +17,7 @@ from torch import nn
 
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.lab.benchmark.measure import (
+    Moment,
     Ratio,
     Spread,
     bare_forward,
@@ -41,15 +42,15 @@ class Run:
 
     Attributes:
         step: Makes one step.
-        seconds: What it took to get there.
-        attaching: Seconds of these in `Pair.event`, where distillation starts.
+        startup: What it took to get there.
+        attaching: What of that `Pair.event` took, where distillation starts.
         teachers: The networks that teach it.
         facts: For the result.
     """
 
     step: Callable[[], object]
-    seconds: float = 0.0
-    attaching: float = 0.0
+    startup: Moment = field(default_factory=Moment)
+    attaching: Moment = field(default_factory=Moment)
     teachers: Sequence[nn.Module] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -201,8 +202,8 @@ class Benchmark(ABC):
         Returns:
             Plain data: ``setup``; ``seconds`` per variant (median, low, high, all), the ``bound`` and a ratio per key
             of ``aims`` (value, low, high, aim, verdict), None where not timed; ``operators`` and ``waiting`` per
-            variant; ``memory`` (bytes per variant or None); ``startup``: seconds that distillation adds, and those in
-            its event, or None.
+            variant; ``memory`` (bytes per variant or None); ``startup``: what distillation adds, and what its event
+            takes, on the wall's clock and of the processor, or None.
         """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -268,7 +269,9 @@ class Benchmark(ABC):
     def _startup(self, runs: Mapping[str, Run]) -> dict[str, float]:
         if self.plain is None:
             return {}
-        return dict(added=runs[self.ours].seconds - runs[self.plain].seconds, attaching=runs[self.ours].attaching)
+        ours = runs[self.ours]
+        spans = dict(added=ours.startup - runs[self.plain].startup, attaching=ours.attaching)
+        return {f'{name}_{clock}': x for name, span in spans.items() for clock, x in asdict(span).items()}
 
     # ------------------------------------------------------------------ report
     @classmethod
@@ -377,14 +380,16 @@ class Pair(Benchmark):
     def closing(cls, result: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The ratios, and what distillation adds before the first step."""
         lines, startup = super().closing(result), result['startup']
-        added, event = startup['added'], startup['attaching']
-        if len(added['all']) == 1:
-            return [*lines, ('start-up', f'+{added["median"]:.1f} s ({cls.includes})')]
+        if result['seconds'] is not None:
+            return [*lines, ('start-up', f'+{startup["added_seconds"]["median"]:.1f} s ({cls.includes})')]
 
-        def text(x: Mapping[str, Any]) -> str:
-            return f'{x["median"]:.2f} s  (quartiles {x["low"]:.2f} - {x["high"]:.2f}, {len(x["all"])} repeats)'
+        def text(name: str) -> str:
+            wall, own = (startup[f'{name}_{clock}'] for clock in ('seconds', 'processor'))
+            shown = (f'{x["median"]:.2f} s  (quartiles {x["low"]:.2f} - {x["high"]:.2f})' for x in (wall, own))
+            return '{}, processor {}'.format(*shown)
 
-        return [*lines, ('start-up, distilled - plain', text(added)), (cls.event, text(event))]
+        repeats = len(startup['added_seconds']['all'])
+        return [(f'start-up +, median of {repeats}', text('added')), (cls.event, text('attaching'))]
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

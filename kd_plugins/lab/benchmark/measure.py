@@ -36,6 +36,27 @@ MASKS = (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True)
+class Moment:
+    """A point in time, or what lies between two.
+
+    Attributes:
+        seconds: Of the clock on the wall.
+        processor: Seconds that this process had the processor, which other processes do not lengthen.
+    """
+
+    seconds: float = 0.0
+    processor: float = 0.0
+
+    @classmethod
+    def now(cls) -> Moment:
+        """This point."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def __sub__(self, other: Moment) -> Moment:
+        return Moment(self.seconds - other.seconds, self.processor - other.processor)
+
+
+@dataclass(frozen=True)
 class Spread:
     """Median and quartiles of repeated measurements.
 

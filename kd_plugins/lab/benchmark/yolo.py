@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
-from kd_plugins.lab.benchmark.measure import random_boxes
+from kd_plugins.lab.benchmark.measure import Moment, random_boxes
 from kd_plugins.yolo.callback import DistillCallback, check_version, quiet
 from kd_plugins.yolo.teacher import class_names, find_teacher, load_model
 
@@ -125,15 +124,15 @@ class YOLOPair(Pair):
                 return
             name, *others = rest
             trainer = DetectionTrainer(overrides=self._overrides(folder, name, weights))
-            marks: list[float] = []
+            marks: list[Moment] = []
 
             def mark(trainer: Any) -> None:
-                marks.append(time.perf_counter())
+                marks.append(Moment.now())
 
             def started(trainer: Any) -> None:
-                seconds, attaching = time.perf_counter() - began, marks[1] - marks[0]
+                startup, attaching = Moment.now() - began, marks[1] - marks[0]
                 teachers = callback.session.teachers.values() if callback else []
-                runs[name] = Run(step_of(trainer), seconds, attaching, [teacher.model for teacher in teachers])
+                runs[name] = Run(step_of(trainer), startup, attaching, [teacher.model for teacher in teachers])
                 start(others)
                 raise _Attached
 
@@ -144,7 +143,7 @@ class YOLOPair(Pair):
             trainer.add_callback(self.event, mark)
             # After it, so that the student is distilled by then.
             trainer.add_callback('on_train_start', started)
-            began = time.perf_counter()
+            began = Moment.now()
             with suppress(_Attached):
                 trainer.train()
 

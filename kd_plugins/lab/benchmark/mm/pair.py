@@ -8,7 +8,6 @@ import itertools
 import logging
 import multiprocessing
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
+from kd_plugins.lab.benchmark.measure import Moment
 from kd_plugins.lab.benchmark.mm.batches import CLASSIFICATION, DETECTION, Batch, Detections, Labels, find_kind
 from kd_plugins.lab.checkout import our_config
 from kd_plugins.mm.cli import WITH_WEIGHTS, _use_amp, add_distillation, remove_distillation
@@ -43,9 +43,9 @@ class _Attached(EpochBasedTrainLoop):
     """A run up to its first iteration: everything built, initialised, and every hook attached."""
 
     def run(self) -> nn.Module:
-        began = time.perf_counter()
+        began = Moment.now()
         self.runner.call_hook('before_train')
-        self.seconds = time.perf_counter() - began
+        self.attaching = Moment.now() - began
         return self.runner.model.train()
 
 
@@ -186,7 +186,7 @@ class MMPair(Pair):
         weights, runs = self._weights(folder), {}
         for name in variants:
             own = copy.deepcopy(config)
-            began = time.perf_counter()
+            began = Moment.now()
             if name == self.ours:
                 add_distillation(own, self.kd, self.teacher, weights)
             runs[name] = self._run(own, data, folder, began)
@@ -195,7 +195,7 @@ class MMPair(Pair):
         finally:
             _close_logs()
 
-    def _run(self, config: Config, data: Batch, folder: Path, began: float) -> Run:
+    def _run(self, config: Config, data: Batch, folder: Path, began: Moment) -> Run:
         hooks = config.get('default_hooks') or {}
         runner = Runner(
             model=config.model,
@@ -226,14 +226,14 @@ class MMPair(Pair):
             # Every step costs the same when none changes the model: label assignment depends on what it predicts.
             group['lr'] = 0.0
         batch = next(iter(runner.train_dataloader))
-        seconds = time.perf_counter() - began
+        startup = Moment.now() - began
         hook = next((h for h in runner.hooks if isinstance(h, DistillHook)), None)
         return Run(
             lambda: runner.model.train_step(batch, runner.optim_wrapper),
-            seconds,
-            runner.train_loop.seconds,
-            hook and [teacher.model for teacher in hook.session.teachers.values()],
-            hook and dict(form='model' if 'distill' in config.model else 'hook'),
+            startup,
+            runner.train_loop.attaching,
+            [teacher.model for teacher in hook.session.teachers.values()] if hook else [],
+            dict(form='model' if 'distill' in config.model else 'hook') if hook else {},
         )
 
     @classmethod

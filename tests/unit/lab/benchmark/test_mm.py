@@ -94,10 +94,10 @@ def test_operators_alone(capsys, monkeypatch):
     both = result['operators']['student'] + result['operators']['teacher']
     assert both < result['operators']['distilled']
     startup = result['startup']
-    assert all(len(x['all']) == 2 for x in startup.values()) and 0 < startup['attaching']['median']
+    assert all(len(x['all']) == 2 for x in startup.values()) and 0 < startup['attaching_processor']['median']
     shown = capsys.readouterr().out
     assert MMPair.table(result) in shown
-    assert 'median' not in shown and 'before_train' in shown and 'start-up, distilled - plain' in shown
+    assert 'peak memory' not in shown and 'before_train' in shown and 'start-up +, median of 2' in shown
     assert f'{both:>11}' in shown, 'the sum is what a distilled step cannot do without'
 
 

@@ -26,7 +26,7 @@ def test_measures_a_pair(tmp_path, capsys):
     assert operators['distilled'] != operators['native'] > operators['plain'], 'every variant is what it says'
     assert waiting['teacher'] == 0
     assert waiting['distilled'] == waiting['plain'], 'distillation makes the host wait for the GPU'
-    assert result['startup']['attaching']['median'] > 0.0, 'the teacher is loaded where the callback starts'
+    assert result['startup']['attaching_processor']['median'] > 0.0, 'the teacher is loaded where the callback starts'
     shown = capsys.readouterr().out
     assert YOLOPair.table(result) in shown
     assert 'aim <= 1.05' in shown and 'aim <= 0.90' in shown
