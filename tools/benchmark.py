@@ -2,11 +2,7 @@
 
 import sys
 
-from kd_plugins.errors import DistillError
-from kd_plugins.lab.benchmark import main
+from kd_plugins.cli import main
 
 if __name__ == '__main__':
-    try:
-        main()
-    except DistillError as error:
-        sys.exit(f'error: {error}')
+    main(['benchmark', *sys.argv[1:]])

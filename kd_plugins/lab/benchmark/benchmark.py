@@ -44,14 +44,14 @@ class Run:
         step: Makes one step.
         startup: What it took to get there.
         attaching: What of that `Pair.event` took, where distillation starts.
-        teacher: The network that teaches it, or None.
+        teachers: The networks that teach it.
         facts: For the result.
     """
 
     step: Callable[[], object]
     startup: Moment = field(default_factory=Moment)
     attaching: Moment = field(default_factory=Moment)
-    teacher: nn.Module | None = None
+    teachers: Sequence[nn.Module] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -248,7 +248,7 @@ class Benchmark(ABC):
             torch.set_num_threads(self.threads)
             steps = {v: runs[v].step for v in variants if v != TEACHER}
             if TEACHER in variants:
-                steps[TEACHER] = bare_forward(runs[self.ours].teacher, runs[self.ours].step)
+                steps[TEACHER] = bare_forward(runs[self.ours].teachers, runs[self.ours].step)
             return use(steps, runs)
 
         torch.set_num_threads(self.threads)
@@ -437,7 +437,7 @@ def run(kind: type[Benchmark], argv: Sequence[str] | None, own: Callable[[argpar
     Raises:
         DistillError: The options do not fit, or something cannot be measured.
     """
-    parser = argparse.ArgumentParser(prog='benchmark.py', description=kind.summary, epilog=kind.epilog)
+    parser = argparse.ArgumentParser(prog='kd-plugins benchmark', description=kind.summary, epilog=kind.epilog)
     own(parser)
     kind.add_options(parser)
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,20 +254,20 @@ def count_operators(step: Callable[[], object]) -> Operators:
     return count
 
 
-def bare_forward(model: nn.Module, step: Callable[[], object]) -> Callable[[], None]:
-    """The least that a teacher costs in a step: its outermost modules, called as they are called there.
+def bare_forward(networks: Iterable[nn.Module], step: Callable[[], object]) -> Callable[[], None]:
+    """The least that teachers cost in a step: their outermost modules, called as they are called there.
 
-    Whatever prepares its images, records and reads its outputs is left out.
+    Whatever prepares their images, records and reads their outputs is left out.
 
     Args:
-        model: The teacher's network.
-        step: A step in which it runs; made once.
+        networks: The teachers'.
+        step: A step in which they run; made once.
 
     Returns:
-        What repeats its forward.
+        What repeats their forwards.
 
     Raises:
-        DistillError: It did not run.
+        DistillError: None did run.
     """
     calls: list[tuple[Callable[..., object], tuple, dict[str, Any], torch.autocast]] = []
     inside = False
@@ -289,7 +289,7 @@ def bare_forward(model: nn.Module, step: Callable[[], object]) -> Callable[[], N
         return call
 
     # Not hooks: heads are called through `.forward`, and a program of TorchScript takes none.
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modules = [m for network in networks for m in network.modules() if not isinstance(m, torch.jit.ScriptModule)]
     own = [m.__dict__.get('forward') for m in modules]
     for module in modules:
         module.forward = recorded(module.forward)

@@ -131,8 +131,8 @@ class YOLOPair(Pair):
 
             def started(trainer: Any) -> None:
                 startup, attaching = Moment.now() - began, marks[1] - marks[0]
-                teacher = callback.session.teacher.model if callback else None
-                runs[name] = Run(step_of(trainer), startup, attaching, teacher)
+                teachers = callback.session.teachers.values() if callback else []
+                runs[name] = Run(step_of(trainer), startup, attaching, [teacher.model for teacher in teachers])
                 start(others)
                 raise _Attached
 

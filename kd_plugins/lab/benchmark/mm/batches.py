@@ -18,7 +18,6 @@ from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.measure import random_boxes
 from kd_plugins.mm.configs import without_pretrained
 from kd_plugins.mm.teacher import dataset_classes, num_classes, own_size
-from kd_plugins.type_names import type_name
 
 #: Defaults on the CPU and on CUDA; a classifier is given images of its own size.
 DETECTION = dict(image_size=((320, 320), (640, 640)), batch_size=(2, 8))
@@ -98,7 +97,7 @@ def find_kind(config: Config) -> Detections | Labels:
     number = head.get('num_classes') if isinstance(head, Mapping) else None
     if isinstance(number, int):
         return Detections(number)
-    if type_name(config.model.get('type')) == 'TimmClassifier':
+    if str(config.model.get('type')).split('.')[-1] == 'TimmClassifier':
         with untouched_rng():
             model = MODELS.build(without_pretrained(config.model))
         channels = len(model.data_preprocessor.mean)

@@ -25,12 +25,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-import kd_plugins
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
 from kd_plugins.lab.benchmark.measure import Moment
 from kd_plugins.lab.benchmark.mm.batches import CLASSIFICATION, DETECTION, Batch, Detections, Labels, find_kind
+from kd_plugins.lab.checkout import our_config
 from kd_plugins.mm.cli import WITH_WEIGHTS, _use_amp, add_distillation, remove_distillation
 from kd_plugins.mm.configs import load_config, without_pretrained
 from kd_plugins.mm.hook import DistillHook
@@ -124,7 +124,7 @@ class MMPair(Pair):
     own: ClassVar = dict(
         student=('CFG', "config file or 'mmdet::path'"),
         teacher=('CFG', 'what tools/train.py takes: a config, timm::NAME, a .pt, ...'),
-        kd=('RECIPE', 'name in kd_plugins/recipes or file'),
+        kd=('RECIPE', 'name of a recipe or file'),
     )
     event: ClassVar[str] = 'before_train'
     includes: ClassVar[str] = 'teacher built, loaded and tried, adapters, summary'
@@ -232,8 +232,8 @@ class MMPair(Pair):
             lambda: runner.model.train_step(batch, runner.optim_wrapper),
             startup,
             runner.train_loop.attaching,
-            hook and hook.session.teacher.model,
-            hook and dict(form='model' if 'distill' in config.model else 'hook'),
+            [teacher.model for teacher in hook.session.teachers.values()] if hook else [],
+            dict(form='model' if 'distill' in config.model else 'hook') if hook else {},
         )
 
     @classmethod
@@ -292,8 +292,8 @@ def random_teacher(teacher: str, number: int, path: Path) -> None:
 
 def _ours(path: str) -> str:
     """Where a config of this project is, from any working folder."""
-    file = Path(kd_plugins.__file__).parents[1] / path
-    return os.path.relpath(file) if file.is_file() else path
+    name = path.removeprefix('configs/')
+    return path if name == path or os.path.isfile(path) else os.path.relpath(our_config(name))
 
 
 def _close_logs() -> None:

@@ -143,13 +143,13 @@ def test_bare_forward_repeats_the_outermost_calls_alone():
     images = torch.ones(1, 3, 4, 4)
     with Operators() as needed, torch.autocast('cpu', torch.bfloat16):
         network.head.forward(network.backbone(images))
-    bare = bare_forward(network, step)
+    bare = bare_forward([network], step)
     assert network.head.forward is own and 'forward' not in vars(network.backbone), 'the network is as it was'
     with Operators() as count:
         bare()
     assert len(found) == 1 and count.total == needed.total > 2
     with pytest.raises(DistillError, match='did not run in a distilled step'):
-        bare_forward(network, lambda: None)
+        bare_forward([network], lambda: None)
     assert network.head.forward is own
 
 

@@ -49,9 +49,9 @@ def classifiers(student, teacher):
     ('recipe', 'form', 'models'),
     [
         ('yolo_logit', 'hook', None),
-        ('feature', 'model', None),
+        ('feature', 'hook', None),
         ('deit_token', 'hook', ('digits_deit_student', 'digits_resnet_teacher')),
-        ('vit_feature', 'model', ('digits_resnet_student', 'digits_vit_teacher')),
+        ('vit_feature', 'hook', ('digits_resnet_student', 'digits_vit_teacher')),
         ('multi_label', 'hook', ('digits_multilabel_student', 'digits_multilabel_teacher')),
     ],
 )
