@@ -456,7 +456,7 @@ class Session:
         if 'losses' in self._parts(term):
             own = [
                 f'{type(m).__name__} {count(sum(p.numel() for p in m.parameters()))}'
-                for m in self._parts(term)['losses']
+                for m in self._parts(term)['losses'].children()
             ]
             words = [f'{word}, {part}' if word != 'none' else part for word, part in zip(words, own, strict=True)]
         return '; '.join(dict.fromkeys(words)) or 'none'

@@ -37,7 +37,8 @@ class DistillMixin:
         # Copies are made in __deepcopy__; what is pickled is the plain student, readable without this package.
         state = {k: v for k, v in self.__dict__.items() if k not in ('distill', 'kd_attached')}
         # Not copyreg.__newobj__: pickle refuses it for another class than the object's own.
-        return copyreg._reconstructor, (self.student_class, object, None), state
+        rebuild = copyreg._reconstructor  # type: ignore[attr-defined]
+        return rebuild, (self.student_class, object, None), state
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
         import copy

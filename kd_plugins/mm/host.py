@@ -37,7 +37,7 @@ class MMHost(Host):
         return self.task.size_option() if side == 'student' else super().size_option(side)
 
     def missed(self, student: nn.Module) -> str:
-        own = type(student)
+        own: Any = type(student)
         if own.train_step is not BaseModel.train_step:
             return (
                 f"{own.__name__} has a train_step of its own, which does not call self(**data, mode='loss'), where "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
 import itertools
@@ -221,7 +222,8 @@ class DensePredictions(Form):
         distances = self.require('ltrb') * self.stride_of
         return torch.cat([self.points - distances[..., :2], self.points + distances[..., 2:]], -1)
 
-    def select_levels(self, strides: Sequence[float]) -> DensePredictions:
+    # In this class `float` is the method above.
+    def select_levels(self, strides: Sequence[builtins.float]) -> DensePredictions:
         """Keep the levels of these strides only."""
         keep = [i for i, s in enumerate(self.strides) if s in strides]
         if len(keep) == len(self.strides):

@@ -55,13 +55,13 @@ def description(name: str) -> str:
     return (FOLDER / f'{name}.yaml').read_text(encoding='utf-8').partition('\n')[0].lstrip('# ')
 
 
-def is_name(text: str | os.PathLike) -> bool:
+def is_name(text: str | os.PathLike[str]) -> bool:
     """Whether a spelling can only be the name of a recipe, not a file: it has neither a folder nor a suffix."""
     path = Path(text)
     return path.name == os.fspath(text) and not path.suffix
 
 
-def find_recipe(recipe: str | os.PathLike, where: str = 'recipe') -> Path:
+def find_recipe(recipe: str | os.PathLike[str], where: str = 'recipe') -> Path:
     """The file of a recipe.
 
     Args:
@@ -88,7 +88,7 @@ def find_recipe(recipe: str | os.PathLike, where: str = 'recipe') -> Path:
     raise DistillError(f'{where}: the file {text!r} does not exist; {near}')
 
 
-def load_recipe(recipe: str | os.PathLike, task: str, where: str = 'recipe') -> dict[str, Any]:
+def load_recipe(recipe: str | os.PathLike[str], task: str, where: str = 'recipe') -> dict[str, Any]:
     """What a recipe says of a task.
 
     Args:
@@ -141,7 +141,7 @@ def check_body(values: Mapping[str, Any], where: str) -> None:
         raise DistillError(f"{where} needs 'terms', a mapping of a name to loss, student and teacher.")
 
 
-def read_yaml(path: str | os.PathLike, where: str) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
     """Read a YAML mapping in which ``1e-3`` is a number, ``None`` is null, and no key is written twice.
 
     Args:
@@ -168,7 +168,7 @@ def read_yaml(path: str | os.PathLike, where: str) -> dict[str, Any]:
     return dict(values)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML's safe loader without three of its traps."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:

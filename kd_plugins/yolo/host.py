@@ -77,7 +77,7 @@ class UltralyticsHost(Host):
 
         from kd_plugins.yolo.criterion import KDCriterion
 
-        own = type(student)
+        own: Any = type(student)
         if own.loss is not BaseModel.loss and not own.__module__.startswith('ultralytics.'):
             return (
                 f'{own.__name__} has a loss() of its own that never calls self.criterion, where the callback adds its '
