@@ -53,7 +53,8 @@ class Dump(Hook):
         def keep_own(optimizer, args, kwargs):
             # As they are averaged over the ranks; it steps right after the student's.
             bank = _bank(runner)
-            self.gradients[-1].update({f'kd_adapters.{k}': p.grad.clone() for k, p in bank.named_parameters()})
+            trained = {k: p.grad for k, p in bank.named_parameters() if p.grad is not None}
+            self.gradients[-1].update({f'kd_adapters.{k}': grad.clone() for k, grad in trained.items()})
 
         runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
         if _bank(runner) is not None:

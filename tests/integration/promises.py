@@ -47,6 +47,13 @@ def adapters_of(runner: Runner) -> dict[str, torch.Tensor]:
     return distill_hook(runner).session.bank.export_state()
 
 
+def adapter_rates(runner: Runner) -> list[float]:
+    """Learning rates of the adapters' own optimizer; none without adapters, or without distillation."""
+    hook = next((h for h in runner.hooks if type(h).__name__ == 'DistillHook'), None)
+    optimizer = hook.session.optimizer if hook is not None else None
+    return [] if optimizer is None else [group['lr'] for group in optimizer.own.param_groups]
+
+
 def resumed(config: Config) -> Config:
     """The config of the run that goes on where another was interrupted."""
     config = copy.deepcopy(config)

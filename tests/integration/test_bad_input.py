@@ -346,12 +346,6 @@ CASES = [
     case('negative stop', put('stop', -1), says=('stop', '-1', 'whole number')),
     # --- what cannot be distilled
     case(
-        'student starts from the teacher',
-        config(load_from='{}/../files/teacher.pth'),
-        teacher('teacher'),
-        says=("teacher's own checkpoint", 'teacher.pth', 'load_from'),
-    ),
-    case(
         'a head without reader as teacher',
         teacher('vfnet'),
         says=("'logits': teacher 'bbox_head'", 'VFNetHead', 'Supported heads:', 'GFLHead', 'register_reader'),
