@@ -240,7 +240,7 @@ def test_classes_are_matched_by_name_and_pixels_the_teacher_cannot_know_are_left
     probe = Batches()
     teacher = {**seg_lab.teacher(), 'classes': names}
     runner = seg_lab.train(seg_lab.hook_form(config, teacher), probe, Freeze())
-    assert distill_hook(runner).session.classes == ([0, 1, 3], [2, 3, 0])
+    assert distill_hook(runner).session.classes == {'': ([0, 1, 3], [2, 3, 0])}
     squares = 0
     for (inputs, samples), log in zip(probe.seen, probe.logs, strict=True):
         with torch.no_grad():
