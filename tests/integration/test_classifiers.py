@@ -260,7 +260,7 @@ def test_classes_are_matched_by_name_and_unknown_images_left_out(cls_lab):
     config.model.drop_path_rate = 0.0
     runner, logs, batches = probe_run(cls_lab, config)
     distiller = distill_hook(runner).session
-    assert distiller.classes == ([0, 1, 3], [1, 3, 0])
+    assert distiller.classes == {'': ([0, 1, 3], [1, 3, 0])}
     import kd_plugins.losses as losses
 
     for log, batch in zip(logs, batches, strict=True):
@@ -429,7 +429,7 @@ def test_a_projector_compares_the_classes_that_both_know(cls_lab):
     config = cls_lab.plain(train_dataloader__batch_size=1)
     runner, logs, batches = probe_run(cls_lab, cls_lab.model_form(config, teacher, dict(branch=term)))
     distiller = distill_hook(runner).session
-    assert distiller.classes == ([0, 1, 3], [1, 3, 0])
+    assert distiller.classes == {'': ([0, 1, 3], [1, 3, 0])}
     labels = [batch['data_samples'][0].gt_label.item() for batch in batches]
     assert [log['loss_kd_branch'] > 0 for log in logs] == [label != 2 for label in labels]
     assert set(labels) == {0, 1, 2, 3}

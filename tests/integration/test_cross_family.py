@@ -46,7 +46,7 @@ def test_families_teach_each_other_classes_and_boxes(student, teacher, data, tmp
     taught = save_teacher(teacher(5), tmp_path, TEACHER_CLASSES)
     watch, distiller = run(student(3), taught, data, tmp_path / 'run')
     # cow, cat and sheep of the student are classes 4, 0 and 3 of the teacher.
-    assert distiller.classes == ([0, 1, 2], [4, 0, 3])
+    assert distiller.classes == {'': ([0, 1, 2], [4, 0, 3])}
     for losses in watch.losses:
         assert losses['loss_kd_cls'] > 0
         assert losses['loss_kd_box'] > 0
@@ -87,7 +87,7 @@ def test_boxes_of_another_family_are_compared_where_they_are(data, tmp_path):
     config = save_teacher(student, tmp_path, name='student', edit=_zero_regression)
     student.load_from = config['checkpoint']
     watch, distiller = run(student, taught, data, tmp_path / 'run', terms=dict(box=TERMS['box']))
-    assert distiller.classes is None
+    assert distiller.classes == {'': None}
     assert 0 <= watch.losses[0]['loss_kd_box'] < 1e-6
 
 
@@ -102,7 +102,7 @@ def test_nameless_teacher_is_given_its_class_names(data, tmp_path):
     with pytest.raises(DistillError, match=r'student has 3 classes and the teacher 5.*classes=\[\.\.\.\] in teacher'):
         run(yolox(3), nameless, data, tmp_path / 'refused')
     _, distiller = run(yolox(3), dict(nameless, classes=list(TEACHER_CLASSES)), data, tmp_path / 'run')
-    assert distiller.classes == ([0, 1, 2], [4, 0, 3])
+    assert distiller.classes == {'': ([0, 1, 2], [4, 0, 3])}
 
 
 def test_recipe_on_the_command_line(data, tmp_path):
