@@ -124,7 +124,7 @@ class DistillOptions:
     def __post_init__(self) -> None:
         if self.teachers is not None:
             self._check_teachers()
-        elif not isinstance(self.teacher, (str, Mapping)) or not self.teacher:
+        elif not isinstance(self.teacher, (str, Mapping)) or self.teacher == '':
             raise DistillError(
                 f"teacher must be the path of a .pt file, e.g. teacher='yolo11x.pt', got {shown(self.teacher)}."
             )
