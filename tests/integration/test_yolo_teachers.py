@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 
@@ -83,7 +84,7 @@ def test_mmdet_teaches_yolo(data, yolox_teacher, tmp_path, caplog):
     assert all(0 < found[f'train/{k}'][0] < 1e4 for k in ('kdcls_loss', 'kdbox_loss'))
     text = text_of(caplog)
     assert '2 of 3 student classes taught by name (teacher knows 3)' in text and '84 positions, strides 8/16/32' in text
-    assert 'input    mean [0.0, 0.0, 0.0] std [1.0, 1.0, 1.0] BGR' in text and 'BoxIoULoss' in text
+    assert re.search(r'input    mean \[0\.0(, 0\.0)*\] std \[1\.0(, 1\.0)*\] BGR', text) and 'BoxIoULoss' in text
     # Nothing of it is in what was saved.
     assert b'kd_plugins' not in (tmp_path / 'run' / 'weights' / 'last.pt').read_bytes()
     assert 'yolox' in (tmp_path / 'run' / 'kd.yaml').read_text().lower()
