@@ -67,7 +67,8 @@ class PixelFormat:
         return cls(mean=mean, std=std, rgb=rgb, pad=pad)
 
     def __str__(self) -> str:
-        mean, std = ([round(v, 2) for v in values] for values in (self.mean, self.std))
+        # Plus 0: a measured mean may be -0.0.
+        mean, std = ([round(v, 2) + 0.0 for v in values] for values in (self.mean, self.std))
         return f'mean {mean} std {std} {"RGB" if self.rgb else "BGR"} pad {self.pad:g}'
 
 
