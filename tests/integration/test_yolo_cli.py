@@ -184,7 +184,7 @@ def test_an_explicit_callback_wins_over_the_variable(data, teacher, tmp_path, mo
     for event in autoload.EVENTS:
         monkeypatch.setitem(default_callbacks, event, [*default_callbacks[event], getattr(callback, event)])
     assert main([*words(data, tmp_path), f'kd_teacher={teacher}', 'kd_box=0']) == 0
-    assert 'KD_PLUGINS_YOLO is ignored' in caplog.text and results(tmp_path / 'run')[KD[1]] == [0]
+    assert 'KD_PLUGINS_YOLO is ignored' in caplog.text and KD[1] not in results(tmp_path / 'run')
 
 
 # ---------------------------------------------------------------------- bad input
@@ -195,7 +195,6 @@ BAD = {
     'teacher is a yaml': (['kd_teacher=yolo11x.yaml'], 'is not a .pt file; a .yaml has no trained weights'),
     'damaged teacher': (['kd_teacher=T/damaged.pt'], r'damaged\.pt.*cannot be loaded'),
     'teacher of another task': (['kd_teacher=T/classifier.pt'], 'student is a detector and the teacher a classifier'),
-    'teacher is the student': (['kd_teacher=T/same.pt', 'model=T/same.pt'], "starts from the teacher's own file"),
     'not a number': (['kd_teacher=T/teacher.pt', 'kd_cls=abc'], "kd_cls must be a number or a schedule, got 'abc'"),
     'negative weight': (['kd_teacher=T/teacher.pt', 'kd_box=-1'], 'kd_box must be a finite number >= 0, got -1'),
     'NaN': (['kd_teacher=T/teacher.pt', 'kd_cls=nan'], "kd_cls must be a number.*'nan'"),

@@ -32,7 +32,7 @@ class CPUTrainer(DetectionTrainer):
         """The trained adapters of a distilled run, as this rank has them."""
         handlers = [getattr(h, '__self__', None) for h in self.callbacks['teardown']]
         callback = next((h for h in handlers if hasattr(h, 'session')), None)
-        if callback is None:
+        if callback is None or callback.session.optimizer is None:
             return {}
         digest = hashlib.sha256()
         for value in callback.session.bank.export_state().values():
