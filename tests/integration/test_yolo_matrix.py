@@ -186,7 +186,7 @@ REFUSED = [
         'detect',
         dict(cfg='yolo11n-obb.yaml'),
         {},
-        r'its boxes are rotated; leave the boxes out \(weight 0\)',
+        r'its boxes are rotated\); leave the boxes out \(weight 0\)',
     ),
     ('yolo11n.yaml', 'detect', dict(cfg='yolov8n.yaml'), dict(start=5), 'start=5 is not before the end of the run'),
     ('yolo11n.yaml', 'detect', dict(cfg='yolov8n.yaml', ch=1), {}, r'images of 3 channel\(s\) and the teacher of 1'),
