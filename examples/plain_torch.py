@@ -4,6 +4,10 @@
 
 A large network that was trained on handwritten digits teaches a small one: logits, and through a trained adapter
 features. What a framework's host does for its users (hook, callback) is the dozen lines marked with (KD) here.
+
+It shows the loop, not a gain: the weights below are not tuned, and on so small a task, trained for so short a time, the
+distilled student was worse than the plain one where we looked (15 epochs, 3 seeds: 20, 11 and 22 % against 39, 30 and
+49 %). Measure yours.
 """
 
 from __future__ import annotations
