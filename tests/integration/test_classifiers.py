@@ -295,7 +295,7 @@ def test_a_teacher_of_another_resolution(cls_lab, size):
     seen = []
     model = distill_hook(runner).session.teacher
     model.model.net.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
-    model(batches[0]['inputs'], None, ['logits'])
+    model.outputs(batches[0]['inputs'], None, ['logits'])
     assert seen == [(size, size)]
     assert all(log['loss_kd_logits'] > 0 for log in logs)
 

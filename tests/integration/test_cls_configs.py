@@ -124,7 +124,7 @@ def test_recipe_is_short_and_names_official_files(path):
     folder, name = teacher.checkpoint.split('/')
     assert folder == 'checkpoints'
     if 'timm' in teacher:
-        address = re.search(r'^# FrozenTeacher: (https://\S+)$', text, flags=re.MULTILINE).group(1)
+        address = re.search(r'^# Teacher: (https://\S+)$', text, flags=re.MULTILINE).group(1)
         pretrained = timm.get_pretrained_cfg(teacher.timm, allow_unregistered=False)
         assert address == pretrained.url and address.endswith(f'/{name}')
         assert pretrained.input_size == (3, 224, 224)  # the students' resolution
