@@ -385,18 +385,10 @@ CASES = [
         changes=dict(input_size=64, input_scale=2.0),
     ),
     case(
-        'a teacher of one size',
-        term(),
-        'teacher (EncoderDecoder)',
-        '256x256',
-        'teacher.input_size=(height, width)',
-        teacher=of('beit'),
-    ),
-    case(
         'a student of four channels',
         term(),
         'student (EncoderDecoder)',
-        'RGB image',
+        '3 channel(s)',
         'to have 4 channels',
         plain=dict(extra=FOUR_CHANNELS),
     ),
@@ -426,7 +418,7 @@ CASES = [
     case(
         'an adapter for logits',
         term(adapter=dict(type='ResizeAdapter')),
-        'class logits of pixels',
+        'whole segmentation heads',
         'take no adapter',
         'remove it',
     ),
@@ -434,7 +426,7 @@ CASES = [
         'an adapter of other channels',
         term('ChannelWiseDivLoss', adapter=dict(type='ConvAdapter', in_channels=3, out_channels=4)),
         'its adapter or ChannelWiseDivLoss fails',
-        'decode_head (4x32x32)',
+        'decode_head (4x8x8)',
         'expected input',
         'correct their options',
         form='model_form',
@@ -443,17 +435,11 @@ CASES = [
         'tokens without a grid',
         features(STAGE, 'backbone[0]', adapter=dict(type='auto', prefix_tokens=3)),
         repr(STAGE),
-        '4096 tokens',
+        '256 tokens',
         'behind 3',
         'prefix_tokens=0',
         student='segformer',
         form='model_form',
-    ),
-    case(
-        'trainable adapter in the hook form',
-        features(),
-        "'seg' needs trainable adapters",
-        "type='kd_plugins.Distilled'",
     ),
     # --- other teachers
     case(
@@ -475,7 +461,7 @@ CASES = [
         'a detector of Ultralytics',
         term(),
         "no module 'decode_head'",
-        "'model', 'bbox_head'",
+        "DetectionModel has no module 'decode_head'",
         teacher=ultralytics('yolo11n'),
     ),
     case(
@@ -490,8 +476,8 @@ CASES = [
     case(
         'a classifier of Ultralytics',
         term(),
-        'yolo11n-cls',
-        'but the student a segmentor',
+        'ClassificationModel',
+        "has no module 'decode_head'",
         teacher=ultralytics('yolo11n-cls'),
     ),
 ]
