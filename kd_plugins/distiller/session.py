@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_plugins.adapters import adapt, auto_adapter, describe_adapter, traits_of
+from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.balance import Balance
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.host import Host, Position
@@ -38,7 +39,7 @@ class CannotRunError(DistillError):
     """A model does not take the images of the start-up check; another size may do."""
 
 
-class Session:
+class Session(Apart):
     """One distilled run.
 
     A host builds it, calls :meth:`check` once, and then in every training iteration :meth:`begin_iteration`, an open
@@ -101,10 +102,6 @@ class Session:
                 raise DistillError(f'term {term.name!r}: {error}') from error
         self.matching = Matching(student, self.teachers, {}, self.host.head(student))
         self.set_classes(classes)
-
-    def __deepcopy__(self, memo: dict) -> Session:
-        # A copy of a model made during training copies hooks, and with them references that lead here.
-        return self
 
     def _settle(self, term: Term) -> None:
         """Find the teacher and the modules that a term names."""

@@ -215,6 +215,9 @@ class DistillHook(Hook):
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        # A model that was pickled in mid-training has the hook, but no session.
+        if self.session is None:
+            return
         if model is self._model and _mode(args, kwargs) == 'loss' and self.session.active:
             self._capture = self.session.capture().open()
             self.session.host.task.teach(model, tuple(self._capture.modules))
@@ -226,7 +229,7 @@ class DistillHook(Hook):
             capture.close()
             self.session.host.task.teach(model, ())
         # `always_call` also brings us here when the student's forward raised, with no output.
-        if output is None or model is not self._model or _mode(args, kwargs) != 'loss':
+        if output is None or self.session is None or model is not self._model or _mode(args, kwargs) != 'loss':
             return None
         inputs = kwargs['inputs'] if 'inputs' in kwargs else args[0]
         samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
