@@ -75,17 +75,14 @@ def test_a_loss_with_parameters_is_trained(lab):
     assert state[key] != 1
 
 
-def test_a_loss_with_parameters_is_sent_to_the_model_form(lab):
-    term = dict(loss=dict(type='LabWeightedLoss'), student='neck', teacher='neck')
-    with pytest.raises(DistillError, match=r'kd_plugins\.Distilled'):
-        lab.train(lab.hook_form(lab.plain(), lab.teacher(width=4), dict(mine=term)))
-
-
-def test_trainable_adapters_in_the_hook_form_are_refused_with_the_lines_to_write(lab):
-    with pytest.raises(DistillError) as error:
-        lab.train(lab.hook_form(lab.plain(), lab.teacher(), dict(features=FEATURES)))
-    assert "type='kd_plugins.Distilled', student_type=_base_.model.type" in str(error.value)
-    assert "default_hooks = dict(distill=dict(type='kd_plugins.DistillHook'))" in str(error.value)
+@pytest.mark.parametrize('loss', ['LabWeightedLoss', 'FeatureMSELoss'])
+def test_the_hook_form_trains_losses_and_adapters(lab, loss):
+    """Parameters of a user's loss, and convolutions between other widths."""
+    width = {} if loss == 'FeatureMSELoss' else dict(width=4)
+    term = dict(loss=dict(type=loss), student='neck', teacher='neck')
+    probe = Probe()
+    runner = lab.train(lab.hook_form(lab.plain(), lab.teacher(**width), dict(mine=term)), probe)
+    assert distill_hook(runner).session.trainable and all(log['loss_kd_mine'] > 0 for log in probe.logs)
 
 
 def test_the_model_form_without_the_hook_is_refused(lab):
@@ -109,7 +106,7 @@ def test_schedules_reach_weight_and_temperature(lab):
     """A ramp's weight is what the logged loss was multiplied with, from its first to its last value."""
     ramp = dict(type='linear', start=0.0, end=4.0)
     term = dict(
-        loss=dict(type='KLDivLoss', temperature=1.0),
+        loss=dict(type='BinaryKLDivLoss', temperature=1.0),
         student='bbox_head',
         teacher='bbox_head',
         weight=ramp,
