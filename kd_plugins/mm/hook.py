@@ -86,6 +86,7 @@ class DistillHook(Hook):
         given = dict(teacher=teacher, terms=terms, start=start, stop=stop, alpha=alpha, **more)
         self._options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         self.session: Session | None = None
+        self._host: MMHost | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._model: nn.Module | None = None
@@ -102,7 +103,7 @@ class DistillHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         written = self._resolve_options(model)
         pixel_format = written.pop('pixel_format', None)
-        host = MMHost(model)
+        host = self._host = MMHost(model)
         options = RunOptions.read(written, host.task.name)
         self._refuse_unread(runner, written, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
@@ -220,14 +221,14 @@ class DistillHook(Hook):
             return
         if model is self._model and _mode(args, kwargs) == 'loss' and self.session.active:
             self._capture = self.session.capture().open()
-            self.session.host.task.teach(model, tuple(self._capture.modules))
+            self._host.task.teach(model, tuple(self._capture.modules))
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.close()
-            self.session.host.task.teach(model, ())
+            self._host.task.teach(model, ())
         # `always_call` also brings us here when the student's forward raised, with no output.
         if output is None or self.session is None or model is not self._model or _mode(args, kwargs) != 'loss':
             return None
