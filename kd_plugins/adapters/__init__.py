@@ -31,6 +31,7 @@ from kd_plugins.adapters.auto import auto_adapter
 from kd_plugins.adapters.base import Adapter as Adapter
 from kd_plugins.adapters.base import adapt, describe_adapter, traits_of
 from kd_plugins.adapters.chain import AdapterChain
+from kd_plugins.adapters.channel_norm import ChannelNorm
 from kd_plugins.adapters.conv import ConvAdapter
 from kd_plugins.adapters.linear import LinearAdapter
 from kd_plugins.adapters.projector import LogitProjector
@@ -39,6 +40,7 @@ from kd_plugins.adapters.tokens import MapToTokens, TokensToMap, as_map, as_toke
 
 __all__ = [
     'AdapterChain',
+    'ChannelNorm',
     'ConvAdapter',
     'LinearAdapter',
     'LogitProjector',

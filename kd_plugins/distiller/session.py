@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.adapters import adapt, auto_adapter, describe_adapter, traits_of
+from kd_plugins.adapters import adapt, describe_adapter
+from kd_plugins.distiller.adapting import build_adapter
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.balance import Balance
 from kd_plugins.distiller.bank import AdapterBank
@@ -22,7 +23,7 @@ from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.schedules import Window
 from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Capture, Tap, find_module
-from kd_plugins.distiller.terms import Resolver, Term, build_adapter
+from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.losses._common import as_full
 from kd_plugins.losses.base import declaration_of
@@ -93,6 +94,7 @@ class Session(Apart):
         self._handle: Any = None
         self._resolve = resolve
         self._free: dict[str, nn.ModuleDict] = {}
+        self._theirs: dict[str, nn.ModuleList] = {}
         self._captures: dict[tuple[str, ...], Capture] = {}
         self._asked, self._missed, self._checked = 0, 0, False
         for term in terms.values():
@@ -340,11 +342,11 @@ class Session(Apart):
                 owners = {'student': heads['student'], 'teacher': heads[term.teacher.owner]}
                 refuse_layers_of_logits(term, batch, owners)
                 if not self._has_parts(term):
-                    self._build_adapters(term, pairs)
+                    self._build_adapters(term, pairs, batch)
                 with _evaluating(self._parts(term)):
                     value = self._tensor_loss(term, pairs, batch)
                 found = shapes([p[0] for p in pairs]), shapes([p[1] for p in pairs])
-                adapter = self._describe_adapters(term, pairs)
+                adapter = self._describe_adapters(term, pairs, batch)
         except DistillError as error:
             raise DistillError(f'{where}: {error}') from error
         except Exception as error:
@@ -383,44 +385,48 @@ class Session(Apart):
                     'its checkpoint is damaged, or its normalisation or precision is wrong.'
                 )
 
-    def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        built: list[nn.Module] = []
+    def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> None:
+        adapters: list[nn.Module] = []
+        theirs: list[nn.Module] = []
+        taught: list[Tensor] = []
+        size, teacher_size = batch.student.image_size, batch.teachers[term.teacher.owner].image_size
         for student, teacher in pairs:
-            if term.projects:
-                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
-            elif term.consumes != 'features' or term.adapter is None or term.declared.any_grid:
-                adapter = None
-            elif term.automatic:
-                options = {k: v for k, v in term.automatic.items() if k != 'prefix_tokens'}
-                adapter = auto_adapter(
-                    tuple(student.shape), tuple(teacher.shape), channels=not term.declared.any_channels, **options
-                )
-            else:
-                adapter = build_adapter(term, term.adapter, 'adapter', self._resolve)
-            if adapter is None:
-                built.append(_Identity())
-                continue
-            built.append(traits_of(adapter).for_shapes(tuple(student.shape), tuple(teacher.shape)))
-        losses = None
-        if term.declared.built_per_level:
-            # A loss with parts of its own is built once per level, for what the adapter hands it.
-            losses = nn.ModuleList([term.loss.for_channels(teacher.shape[1]) for _, teacher in pairs])
-        theirs = None
-        if term.teacher_adapter is not None:
-            theirs = build_adapter(term, term.teacher_adapter, 'teacher_adapter', self._resolve)
-            if _trainable(theirs):
+            adapter = build_adapter(
+                term.teacher_adapter, teacher, student, 'teacher_adapter', self._resolve, image_size=teacher_size
+            )
+            theirs.append(_Identity() if adapter is None else adapter.to(teacher.device))
+            if _trainable(theirs[-1]):
                 raise DistillError(
                     'teacher_adapter has parameters to train, with which teacher and student could agree on anything; '
                     "take one without, e.g. dict(type='ChannelNorm')."
                 )
-        self._keep(term, nn.ModuleList(built), losses, theirs)
+            teacher = adapt(theirs[-1], teacher, student, teacher_size)
+            taught.append(teacher)
+            # Some losses compare whatever they are given.
+            compares = term.consumes == 'features' and not term.declared.any_grid
+            adapter = build_adapter(
+                term.adapter if term.projects or compares else None,
+                student,
+                teacher,
+                'adapter',
+                self._resolve,
+                channels=not term.declared.any_channels,
+                image_size=size,
+            )
+            adapters.append(_Identity() if adapter is None else adapter)
+        losses = None
+        if term.declared.built_per_level:
+            # A loss with parts of its own is built once per level, for what the adapter hands it.
+            losses = nn.ModuleList([term.loss.for_channels(teacher.shape[1]) for teacher in taught])
+        changes = any(not isinstance(a, _Identity) for a in theirs)
+        self._keep(term, nn.ModuleList(adapters), losses, nn.ModuleList(theirs) if changes else None)
 
     def _keep(
         self,
         term: Term,
         adapters: nn.ModuleList,
         losses: nn.ModuleList | None = None,
-        theirs: nn.Module | None = None,
+        theirs: nn.ModuleList | None = None,
     ) -> None:
         parts = nn.ModuleDict({'adapters': adapters})
         if losses is not None:
@@ -433,7 +439,7 @@ class Session(Apart):
         else:
             self._free[term.name] = parts
         if theirs is not None:
-            self._free[f'teacher of {term.name}'] = nn.ModuleDict({'adapter': theirs})
+            self._theirs[term.name] = theirs
 
     def _has_parts(self, term: Term) -> bool:
         return term.name in self._free or term.name in self.bank._modules
@@ -445,18 +451,26 @@ class Session(Apart):
     def _adapters(self, term: Term) -> nn.ModuleList:
         return self._parts(term)['adapters']
 
-    def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]]) -> str:
-        words = [
-            describe_adapter(None if isinstance(a, _Identity) else a, tuple(s.shape), tuple(t.shape))
-            for a, (s, t) in zip(self._adapters(term), pairs, strict=True)
-        ]
-        if 'losses' in self._parts(term):
-            own = [
-                f'{type(m).__name__} {count(sum(p.numel() for p in m.parameters()))}'
-                for m in self._parts(term)['losses'].children()
-            ]
-            words = [f'{word}, {part}' if word != 'none' else part for word, part in zip(words, own, strict=True)]
+    def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> str:
+        words = []
+        for level, (adapter, (student, teacher)) in enumerate(zip(self._adapters(term), pairs, strict=True)):
+            seen = self._as_compared(term, level, student, teacher, batch)
+            found = [_describe(adapter, student, seen)]
+            if 'losses' in self._parts(term):
+                own = self._parts(term)['losses'][level]
+                found.append(f'{type(own).__name__} {count(sum(p.numel() for p in own.parameters()))}')
+            theirs = self._theirs.get(term.name)
+            said = ', '.join(word for word in found if word != 'none') or 'none'
+            words.append(said if theirs is None else f'{said}; teacher: {_describe(theirs[level], teacher, student)}')
         return '; '.join(dict.fromkeys(words)) or 'none'
+
+    def _as_compared(self, term: Term, level: int, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """The teacher's features as the term's ``teacher_adapter`` makes them."""
+        theirs = self._theirs.get(term.name)
+        if theirs is None:
+            return teacher
+        with torch.no_grad():
+            return adapt(theirs[level], teacher, student, batch.teachers[term.teacher.owner].image_size)
 
     # ------------------------------------------------------------------ every iteration
     def losses(self, capture: Capture, inputs: Any, samples: Any) -> dict[str, Tensor]:
@@ -475,7 +489,9 @@ class Session(Apart):
         """
         device = _like(inputs, self.student).device
         live = [t for t in self.live if self.host.factor(t.student)]
-        result = {f'loss_kd_{name}': torch.zeros((), device=device) for name in self.terms}
+        on = {t.name for t in live}
+        # Only for those that are off: each is a launch on a GPU.
+        result = {f'loss_kd_{name}': torch.zeros((), device=device) for name in self.terms if name not in on}
         self.bank.mark(term.name for term in live)
         if not live:
             return result
@@ -496,7 +512,7 @@ class Session(Apart):
                 raise DistillError(f'term {term.name!r}: {error}') from error
             balance = 1.0 if self.alpha is None else self.alpha
             result[f'loss_kd_{term.name}'] = value * (self.weight(term) * balance * self.host.factor(term.student))
-        return result
+        return {key: result[key] for key in (f'loss_kd_{name}' for name in self.terms)}
 
     def _ask(self, teacher: Teacher, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
         seen = self.host.for_teacher(inputs)
@@ -546,13 +562,10 @@ class Session(Apart):
     def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
         parts = self._parts(term)
         adapters = parts['adapters']
-        theirs = self._free.get(f'teacher of {term.name}')
         classes = self.matching.classes_of(term)
         values = []
         for level, (student, teacher) in enumerate(pairs):
-            if theirs is not None:
-                with torch.no_grad():
-                    teacher = theirs['adapter'](teacher, student)
+            teacher = self._as_compared(term, level, student, teacher, batch)
             if len(adapters):
                 student = adapt(adapters[level], student, teacher, batch.student.image_size)
             if term.consumes == 'features' and student.dim() == teacher.dim() == 3:
@@ -704,6 +717,11 @@ def _fit(term: Term, student: Tensor, teacher: Tensor) -> bool:
 class _Identity(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return student
+
+
+def _describe(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
+    found = None if isinstance(adapter, _Identity) else adapter
+    return describe_adapter(found, tuple(student.shape), tuple(teacher.shape))
 
 
 _NONE = nn.ModuleDict({'adapters': nn.ModuleList()})

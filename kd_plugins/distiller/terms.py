@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-import kd_plugins.adapters as adapters
 import kd_plugins.losses as losses
 from kd_plugins.distiller.schedules import Schedule, Window, build_schedule, build_window, is_zero
 from kd_plugins.distiller.taps import Tap
@@ -47,8 +46,9 @@ class Term:
         student: Tap in the student.
         teacher: Tap in the teacher; its ``owner`` says in which one.
         adapter: ``'auto'`` or ``dict(type='auto', **options)``, None (shapes must fit), a config ``dict(type=...)``,
-            or a list of configs, one after the other. Losses on logits take none but `LogitProjector`.
-        teacher_adapter: The same for the teacher's side, without parameters to train; None: as it comes.
+            or a list of these, one after the other. Losses on logits take none but `LogitProjector`.
+        teacher_adapter: The same for the teacher's side, without parameters to train; None: as it comes. The student
+            is brought to what it makes.
         weight: Schedule of the weight.
         temperature: Schedule of the loss's temperature, or None to leave it as configured.
         window: Where in the run it is on, within the window of the run.
@@ -80,11 +80,7 @@ class Term:
     @property
     def automatic(self) -> Mapping[str, Any]:
         """Options of the automatic adapter; false where the term has another adapter, or none."""
-        if self.adapter == 'auto':
-            return {'norm': False}
-        if isinstance(self.adapter, Mapping) and self.adapter.get('type') == 'auto':
-            return {'norm': False, **{k: v for k, v in self.adapter.items() if k != 'type'}}
-        return {}
+        return next(filter(None, map(automatic, _parts(self.adapter))), {})
 
     @property
     def prefixes(self) -> tuple[int | None, int | None]:
@@ -101,6 +97,19 @@ class Term:
     def always_zero(self) -> bool:
         """Whether the weight is 0 throughout the run."""
         return is_zero(self.weight)
+
+
+def automatic(adapter: Any) -> Mapping[str, Any]:
+    """Options of ``'auto'`` or ``dict(type='auto', **options)``; false for any other adapter."""
+    if adapter == 'auto':
+        return {'norm': False}
+    if isinstance(adapter, Mapping) and adapter.get('type') == 'auto':
+        return {'norm': False, **{k: v for k, v in adapter.items() if k != 'type'}}
+    return {}
+
+
+def _parts(adapter: Any) -> Sequence[Any]:
+    return adapter if isinstance(adapter, (list, tuple)) else (adapter,)
 
 
 def resolver_of(imports: Any, more: Resolver | None = None) -> Resolver | None:
@@ -234,7 +243,7 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     teacher_adapter = cfg.get('teacher_adapter')
     if teacher_adapter is not None:
         _check_adapter(teacher_adapter, where, 'teacher_adapter')
-        if teacher_adapter == 'auto' or consumes != 'features':
+        if consumes != 'features':
             raise DistillError(
                 f"{where}: teacher_adapter brings the teacher's features to a form, e.g. dict(type='ChannelNorm'); "
                 f'got {teacher_adapter!r} for a loss on {consumes}.'
@@ -262,16 +271,15 @@ def _is_projector(adapter: Any) -> bool:
 
 
 def _check_adapter(adapter: Any, where: str, key: str = 'adapter') -> None:
-    if isinstance(adapter, Mapping) and adapter.get('type') == 'auto':
-        check_keys({k: v for k, v in adapter.items() if k != 'type'}, AUTO_OPTIONS, f'{where}: adapter (auto)')
-        if not isinstance(adapter.get('norm', False), bool):
-            raise DistillError(f'{where}: adapter.norm must be True or False, got {adapter["norm"]!r}.')
-        _check_prefix(adapter.get('prefix_tokens'), where)
-        return
-    parts = adapter if isinstance(adapter, (list, tuple)) else [adapter]
-    if adapter in ('auto', None) or (parts and all(isinstance(p, Mapping) for p in parts)):
-        return
-    raise DistillError(f"{where}: {key} must be 'auto', None, dict(type=...) or a list of such, got {adapter!r}.")
+    parts = _parts(adapter)
+    if adapter is not None and not (parts and all(p == 'auto' or isinstance(p, Mapping) for p in parts)):
+        raise DistillError(f"{where}: {key} must be 'auto', None, dict(type=...) or a list of such, got {adapter!r}.")
+    for part in parts:
+        if not isinstance(part, str) and (options := dict(automatic(part))):
+            check_keys(options, AUTO_OPTIONS, f'{where}: {key} (auto)')
+            if not isinstance(options['norm'], bool):
+                raise DistillError(f'{where}: {key}.norm must be True or False, got {options["norm"]!r}.')
+            _check_prefix(options.get('prefix_tokens'), where)
 
 
 def _check_prefix(value: Any, where: str) -> None:
@@ -282,11 +290,3 @@ def _check_prefix(value: Any, where: str) -> None:
         raise DistillError(
             f'{where}: adapter.prefix_tokens must be a whole number, or two (student, teacher), got {value!r}.'
         )
-
-
-def build_adapter(term: Term, cfg: Any, where: str, resolve: Resolver | None = None) -> nn.Module:
-    """Build an adapter that a term spells out; a list of configs becomes a chain."""
-    if isinstance(cfg, (list, tuple)):
-        chain = (build_named(c, adapters, f'{where}[{i}]', 'adapter', resolve) for i, c in enumerate(cfg))
-        return adapters.AdapterChain(*chain)
-    return build_named(cfg, adapters, where, 'adapter', resolve)

@@ -155,7 +155,8 @@ class Run:
         scale = self.host.scale(batch['img'])
         total = torch.stack([v.float() for v in values.values()]).sum()
         for name, column in self.columns.items():
-            logged[column] = logged[column] + values[f'loss_kd_{name}'].detach()
+            value = values[f'loss_kd_{name}'].detach()
+            logged[column] = value if logged[column] is zero else logged[column] + value
         task, kd = loss.detach().sum(), total * scale
         self.session.refuse_nan(task, values)
         self.session.balance.add(task, kd)

@@ -43,13 +43,15 @@ def test_every_recipe_is_made_of_what_is_there(name, task):
     recipe = load_recipe(name, task)
     assert recipe['terms']
     for term in recipe['terms'].values():
-        assert set(term) <= {'loss', 'student', 'teacher', 'adapter', 'weight', 'temperature'}
-        for kind, package in (('loss', losses), ('adapter', adapters)):
-            if kind not in term:
-                continue
-            options = dict(term[kind])
-            made = getattr(package, options.pop('type'))
-            assert set(options) <= set(inspect.signature(made).parameters)
+        assert set(term) <= {'loss', 'student', 'teacher', 'adapter', 'teacher_adapter', 'weight', 'temperature'}
+        for key, package in (('loss', losses), ('adapter', adapters), ('teacher_adapter', adapters)):
+            parts = term.get(key, [])
+            for part in parts if isinstance(parts, list) else [parts]:
+                if part == 'auto':
+                    continue
+                options = dict(part)
+                made = getattr(package, options.pop('type'))
+                assert set(options) <= set(inspect.signature(made).parameters)
         made = dict(term['loss'])
         getattr(losses, made.pop('type'))(**made)
         build_schedule(term.get('weight', 1.0), 'weight')

@@ -320,6 +320,7 @@ def test_names_that_a_config_can_use():
     modules = [n for n in adapters.__all__ if isinstance(getattr(adapters, n), type)]
     assert modules == [
         'AdapterChain',
+        'ChannelNorm',
         'ConvAdapter',
         'LinearAdapter',
         'LogitProjector',
@@ -327,3 +328,33 @@ def test_names_that_a_config_can_use():
         'ResizeAdapter',
         'TokensToMap',
     ]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_channel_norm_is_batch_normalisation_without_parameters(dtype):
+    norm = adapters.ChannelNorm()
+    features = (torch.randn(3, 5, 6, 4, generator=torch.Generator().manual_seed(0)) * 3 + 2).to(dtype)
+    plain = torch.nn.BatchNorm2d(5, affine=False, track_running_stats=False)
+    expected = plain(features.double())
+    found = norm(features, features)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    tokens = norm(features.flatten(2).transpose(1, 2), features)
+    torch.testing.assert_close(tokens.transpose(1, 2).reshape(3, 5, 6, 4), found)
+    # Nothing to learn, and other magnitudes change nothing.
+    assert not list(norm.parameters()) and not norm.state_dict()
+    if dtype == torch.float64:
+        torch.testing.assert_close(norm(1000 * features + 7, features), found, rtol=1e-4, atol=1e-4)
+    assert describe_adapter(norm, features.shape, features.shape) == 'channel norm'
+
+
+def test_channel_norm_of_a_constant_is_zero_and_vectors_have_no_positions():
+    constant = torch.full((2, 3, 4, 4), 7.0, requires_grad=True)
+    found = adapters.ChannelNorm()(constant, constant)
+    assert not found.any()
+    found.sum().backward()
+    assert torch.isfinite(constant.grad).all()
+    with pytest.raises(DistillError, match=r'not \(2, 3\)'):
+        adapters.ChannelNorm()(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(DistillError, match='eps'):
+        adapters.ChannelNorm(eps=0)

@@ -130,6 +130,38 @@ def test_losses_that_compare_any_channels_get_no_projection():
         assert row.adapter == grid and not parameters(distiller), name
 
 
+def test_auto_may_stand_in_a_chain_and_the_teachers_side_is_brought_to_a_form():
+    """Normalised necks under CWD, as MMYOLO's distilled RTMDet, against batch normalisation without parameters."""
+    from kd_plugins.losses import channel_wise_div
+
+    student, teacher = Net((4, 8, 8), (4, 4, 4)), Net((6, 8, 8), (6, 4, 4), factor=3.0)
+    norm = dict(type='ChannelNorm')
+    distiller, row = row_of(
+        student, teacher, loss=dict(type='ChannelWiseDivLoss'), adapter=['auto', norm], teacher_adapter=norm
+    )
+    assert row.adapter == 'conv 1x1 4->6 (30 params), channel norm; teacher: channel norm'
+    with distiller.capture() as capture:
+        student(torch.zeros(2, 3, 64, 64))
+    value = distiller.losses(capture, torch.zeros(2, 3, 64, 64), None)['loss_kd_term']
+    expected = []
+    for shape, adapter in zip(((8, 8), (4, 4)), distiller.bank._modules['term']['adapters'], strict=True):
+        ours, theirs = Net._level((4, *shape), 2), 3.0 * Net._level((6, *shape), 2)
+        plain = nn.BatchNorm2d(6, affine=False, track_running_stats=False)
+        expected.append(channel_wise_div(plain(adapter[0](ours, theirs)), plain(theirs)))
+    assert value.item() == pytest.approx(sum(expected).item() / 2, rel=1e-5)
+    value.backward()
+    assert all(p.grad.abs().sum() > 0 for p in distiller.bank.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize('teacher_adapter, shown', [('auto', 'resize 4x4->8x8'), (dict(type='ResizeAdapter'), 'resize')])
+def test_the_teacher_may_be_brought_to_the_students_grid(teacher_adapter, shown):
+    """Then nothing is left for the student's side to resample."""
+    _, row = row_of(Net((4, 8, 8)), Net((4, 4, 4)), teacher_adapter=teacher_adapter)
+    assert row.adapter.startswith('none; teacher: ') and shown in row.adapter
+    with pytest.raises(DistillError, match='teacher_adapter has parameters to train'):
+        row_of(Net((4, 8, 8)), Net((6, 4, 4)), teacher_adapter='auto')
+
+
 def test_vectors_stay_vectors():
     _, row = row_of(Net((4,)), Net((6,)))
     assert row.adapter.startswith('linear 4->6')
@@ -154,7 +186,8 @@ def test_segmentation_losses_refuse_what_is_no_head():
         (dict(type='auto', prefix_tokens=-1), 'prefix_tokens must be a whole number.*-1'),
         (dict(type='auto', prefix_tokens=(1, 2, 3)), r'\(1, 2, 3\)'),
         ([], r"'auto', None, dict\(type=\.\.\.\) or a list of such, got \[\]"),
-        ([dict(type='ResizeAdapter'), 'auto'], 'list of such'),
+        ([dict(type='ResizeAdapter'), 'conv'], 'list of such'),
+        ([dict(type='ResizeAdapter'), dict(type='auto', nrom=True)], r'nrom.*norm'),
         ('conv', "got 'conv'"),
     ],
 )
