@@ -153,10 +153,10 @@ def test_auto_may_stand_in_a_chain_and_the_teachers_side_is_brought_to_a_form():
     assert all(p.grad.abs().sum() > 0 for p in distiller.bank.parameters() if p.dim() > 1)
 
 
-@pytest.mark.parametrize('teacher_adapter, shown', [('auto', 'resize 4x4->8x8'), (dict(type='ResizeAdapter'), 'resize')])
-def test_the_teacher_may_be_brought_to_the_students_grid(teacher_adapter, shown):
+@pytest.mark.parametrize('adapter, shown', [('auto', 'resize 4x4->8x8'), (dict(type='ResizeAdapter'), 'resize')])
+def test_the_teacher_may_be_brought_to_the_students_grid(adapter, shown):
     """Then nothing is left for the student's side to resample."""
-    _, row = row_of(Net((4, 8, 8)), Net((4, 4, 4)), teacher_adapter=teacher_adapter)
+    _, row = row_of(Net((4, 8, 8)), Net((4, 4, 4)), teacher_adapter=adapter)
     assert row.adapter.startswith('none; teacher: ') and shown in row.adapter
     with pytest.raises(DistillError, match='teacher_adapter has parameters to train'):
         row_of(Net((4, 8, 8)), Net((6, 4, 4)), teacher_adapter='auto')
