@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from kd_plugins.distiller.host import Host, Position
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
 from kd_plugins.distiller.protocol import Teacher
+from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.distiller.schedules import Window
 from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Capture, Tap, find_module
@@ -27,7 +28,7 @@ from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.losses._common import as_full
 from kd_plugins.losses.base import declaration_of
-from kd_plugins.predictions import Classes, ClassPredictions, Form, align_classes, forms, readable
+from kd_plugins.predictions import Classes, ClassPredictions, DensePredictions, Form, align_classes, forms, readable
 
 #: Iterations in which KD should have been computed and was not, after which a run is stopped.
 PATIENCE = 2
@@ -57,6 +58,7 @@ class Session(Apart):
         alpha: Balance of the run: ``alpha`` times the KD losses and ``1 - alpha`` times the student's own, while KD is
             on. None: both as they are.
         resolve: Looks up adapter names that are not ours.
+        pseudo: Which detections of the teachers the host adds to the labels, see :meth:`pseudo_labels`; None: none.
 
     Attributes:
         bank: The trainable adapters, in no module tree; empty for parameter-free terms.
@@ -80,11 +82,12 @@ class Session(Apart):
         window: Window | None = None,
         alpha: float | None = None,
         resolve: Resolver | None = None,
+        pseudo: PseudoLabels | None = None,
     ) -> None:
         self.student, self.terms = student, terms
         self.host = Host() if host is None else host
         self.teachers: dict[str, Teacher] = dict(teachers) if isinstance(teachers, Mapping) else {'': teachers}
-        self.window, self.alpha = Window() if window is None else window, alpha
+        self.window, self.alpha, self.pseudo = Window() if window is None else window, alpha, pseudo
         self.position = Position()
         self.balance = Balance()
         self.bank = AdapterBank()
@@ -96,6 +99,7 @@ class Session(Apart):
         self._free: dict[str, nn.ModuleDict] = {}
         self._theirs: dict[str, nn.ModuleList] = {}
         self._captures: dict[tuple[str, ...], Capture] = {}
+        self._taught: dict[str, Capture] | None = None
         self._asked, self._missed, self._checked = 0, 0, False
         for term in terms.values():
             try:
@@ -269,10 +273,50 @@ class Session(Apart):
             rows = [self._check_term(term, batch, heads) for term in self.terms.values()]
             for term in self.terms.values():
                 self._refuse_nan(term, batch)
+            if self.pseudo is not None:
+                self._check_pseudo(batch)
         self.notes += batch.notes.values()
         self.notes += self._notes_on(batch, rows)
         self._checked = True
         return rows
+
+    def _check_pseudo(self, batch: Batch) -> None:
+        """Refuse pseudo-labels where teachers detect nothing, or where boxes are not all that labels teach."""
+        named = self._detectors(self.terms.values())
+        for name in self.teachers:
+            if name not in named:
+                raise DistillError(
+                    'pseudo_labels needs what the teacher detects, and no term compares whole heads of detectors; add '
+                    "one, e.g. cls=dict(loss=dict(type='BinaryKLDivLoss'), student='head', teacher='head')."
+                )
+            found = self._detections(name, named[name], batch)
+            if sum(map(len, found)) and batch.student.image_size is None:
+                raise DistillError('pseudo_labels needs batches of images (B, C, H, W).')
+        for term in self.terms.values():
+            if self.matching.form(term) is DensePredictions:
+                ours = self.matching.read('student', batch.student, term.student, DensePredictions, batch)
+                more = [*ours.besides, *(['masks'] if ours.coefficients is not None else [])]
+                if more:
+                    raise DistillError(
+                        f'pseudo_labels adds boxes, but the labels of this student also hold {" and ".join(more)}, '
+                        'which a detection does not give; remove pseudo_labels.'
+                    )
+        self.notes.append(f'{self.pseudo}')
+
+    def _detectors(self, terms: Iterable[Term]) -> dict[str, Tap]:
+        """Where each teacher's detections are read: the taps of terms on whole detection heads."""
+        found: dict[str, Tap] = {}
+        for term in terms:
+            if self.matching.form(term) is DensePredictions:
+                found.setdefault(term.teacher.owner, term.teacher)
+        return found
+
+    def _detections(self, name: str, tap: Tap, batch: Batch) -> list[Tensor]:
+        predictions = self.matching.read('teacher', batch.teachers[name], tap, DensePredictions, batch)
+        assert isinstance(predictions, DensePredictions) and self.pseudo is not None
+        size = batch.teachers[name].image_size
+        assert size is not None
+        return self.pseudo.detect(predictions, self.matching.classes.get(name), (int(size[0]), int(size[1])))
 
     def _notes_on(self, batch: Batch, rows: Sequence[Row]) -> list[str]:
         notes = []
@@ -473,6 +517,29 @@ class Session(Apart):
             return adapt(theirs[level], teacher, student, batch.teachers[term.teacher.owner].image_size)
 
     # ------------------------------------------------------------------ every iteration
+    @torch.no_grad()
+    def pseudo_labels(self, inputs: Tensor, samples: Any) -> list[Tensor] | None:
+        """What the teachers detect on a batch, for the host to add where it has no label; before the student's loss.
+
+        The teachers run now, and what they computed serves :meth:`losses` on the same batch.
+
+        Args:
+            inputs: ``(B, C, H, W)`` the batch that the student sees.
+            samples: What the framework hands on with it.
+
+        Returns:
+            Per image ``(n, 6)``, see `PseudoLabels.detect`; None while there is nothing to add: without the option,
+            outside of the window, or while the terms on detection heads are off.
+        """
+        self._taught = None
+        named = self._detectors(self.live) if self.pseudo is not None else {}
+        if not named:
+            return None
+        self._taught = self._teach([t for t in self.live if self.host.factor(t.student)], inputs, samples)
+        batch = Batch(Capture(self.student, (), 'student'), self._taught)
+        found = [self._detections(name, tap, batch) for name, tap in named.items() if name in self._taught]
+        return [torch.cat(rows) for rows in zip(*found, strict=True)] if found else None
+
     def losses(self, capture: Capture, inputs: Any, samples: Any) -> dict[str, Tensor]:
         """The weighted KD losses of one iteration.
 
@@ -497,10 +564,9 @@ class Session(Apart):
             return result
         self._asked += 1
         capture.image_size = tuple(inputs.shape[-2:]) if isinstance(inputs, Tensor) else None
-        taps: dict[str, list[Tap]] = {}
-        for term in live:
-            taps.setdefault(term.teacher.owner, []).append(term.teacher)
-        taught = {n: self._ask(self.teachers[n], inputs, samples, self._modules(t)) for n, t in taps.items()}
+        taught, self._taught = self._taught, None
+        if taught is None:
+            taught = self._teach(live, inputs, samples)
         labels = self.host.targets(inputs, samples) if any(map(self._needs_labels, live)) else None
         batch = Batch(capture, taught, labels)
         for term in live:
@@ -513,6 +579,13 @@ class Session(Apart):
             balance = 1.0 if self.alpha is None else self.alpha
             result[f'loss_kd_{term.name}'] = value * (self.weight(term) * balance * self.host.factor(term.student))
         return {key: result[key] for key in (f'loss_kd_{name}' for name in self.terms)}
+
+    def _teach(self, live: Sequence[Term], inputs: Any, samples: Any) -> dict[str, Capture]:
+        """Run every teacher that a term needs."""
+        taps: dict[str, list[Tap]] = {}
+        for term in live:
+            taps.setdefault(term.teacher.owner, []).append(term.teacher)
+        return {n: self._ask(self.teachers[n], inputs, samples, self._modules(t)) for n, t in taps.items()}
 
     def _ask(self, teacher: Teacher, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
         seen = self.host.for_teacher(inputs)

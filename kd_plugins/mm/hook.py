@@ -22,6 +22,7 @@ from kd_plugins.mm.distilled import DistillMixin
 from kd_plugins.mm.example import example_batch
 from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
+from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
 from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
@@ -63,6 +64,8 @@ class DistillHook(Hook):
             None: the model's own losses stay as they are, and the terms' weights say it all.
         class_map: ``{student name: teacher name}`` where classes have other names.
         imports: Modules of your own losses and the like.
+        pseudo_labels: Lowest score, or ``dict(score=0.4, iou=0.7, nms=0.65)``, of what the teacher detects to become a
+            label where there is none, while KD is on. None: labels stay as they are.
         pixel_format: ``dict(mean=, std=, rgb=, pad=)`` of the student's batches, where it cannot be established.
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
@@ -130,6 +133,8 @@ class DistillHook(Hook):
                     teacher_count=teacher.num_classes,
                 )
         self.session.set_classes(classes)
+        if self.session.pseudo is not None:
+            refuse_unlabelled(example[1])
         with untouched_rng():
             rows = self.session.check(*example)
         unit, _, total = unit_of(runner)
@@ -215,13 +220,18 @@ class DistillHook(Hook):
             self.session.detach()
 
     @torch.compiler.disable
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         # A model that was pickled in mid-training has the hook, but no session.
-        if self.session is None:
-            return
-        if model is self._model and _mode(args, kwargs) == 'loss' and self.session.active:
-            self._capture = self.session.capture().open()
-            self._host.task.teach(model, tuple(self._capture.modules))
+        if self.session is None or model is not self._model or _mode(args, kwargs) != 'loss':
+            return None
+        if not self.session.active:
+            return None
+        found = self.session.pseudo_labels(*_batch(args, kwargs))
+        if found is not None:
+            args, kwargs = _with_samples(args, kwargs, with_labels(_batch(args, kwargs)[1], found, self.session.pseudo))
+        self._capture = self.session.capture().open()
+        self._host.task.teach(model, tuple(self._capture.modules))
+        return None if found is None else (args, kwargs)
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -232,8 +242,7 @@ class DistillHook(Hook):
         # `always_call` also brings us here when the student's forward raised, with no output.
         if output is None or self.session is None or model is not self._model or _mode(args, kwargs) != 'loss':
             return None
-        inputs = kwargs['inputs'] if 'inputs' in kwargs else args[0]
-        samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
+        inputs, samples = _batch(args, kwargs)
         if not isinstance(output, dict):
             raise DistillError(f'{type(model).__name__} returned {type(output).__name__} as losses, expected a dict.')
         kd = self.session.losses(capture, inputs, samples)
@@ -321,6 +330,18 @@ def _clip(wrapper: Any, parameters: Sequence[nn.Parameter]) -> None:
 
 def _mode(args: tuple, kwargs: Mapping[str, Any]) -> str:
     return kwargs.get('mode', args[2] if len(args) > 2 else 'tensor')
+
+
+def _batch(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Inputs and data samples of a forward pass."""
+    inputs = kwargs['inputs'] if 'inputs' in kwargs else args[0]
+    return inputs, kwargs.get('data_samples', args[1] if len(args) > 1 else None)
+
+
+def _with_samples(args: tuple, kwargs: Mapping[str, Any], samples: Any) -> tuple[tuple, dict[str, Any]]:
+    if 'data_samples' in kwargs or len(args) < 2:
+        return args, {**kwargs, 'data_samples': samples}
+    return (args[0], samples, *args[2:]), dict(kwargs)
 
 
 def _total(losses: Mapping[str, Any]) -> Tensor:

@@ -29,7 +29,7 @@ from kd_plugins.errors import DistillError, check_keys, nearest
 
 FOLDER = Path(__file__).parent
 TASKS = ('detection', 'segmentation', 'classification')
-KEYS = ('terms', 'alpha', 'start', 'stop')
+KEYS = ('terms', 'alpha', 'start', 'stop', 'pseudo_labels')
 YAML_SUFFIXES = ('.yaml', '.yml')
 SUFFIXES = (*YAML_SUFFIXES, '.py')
 
@@ -97,7 +97,7 @@ def load_recipe(recipe: str | os.PathLike[str], task: str, where: str = 'recipe'
         where: The option it came from, for error messages.
 
     Returns:
-        ``terms``, and where the recipe has them ``alpha``, ``start`` and ``stop``; their values are not checked yet.
+        ``terms``, and where the recipe has them the other `KEYS`; their values are not checked yet.
 
     Raises:
         DistillError: There is no such recipe, it cannot be read, has an unknown key, or is not for the task.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
+from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.distiller.terms import Resolver, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import Classes, match_classes
@@ -16,7 +17,7 @@ from kd_plugins.teachers.pixels import PixelFormat
 from kd_plugins.teachers.sources import build_source, find_source
 
 #: What a run is told, whatever the zoo.
-KEYS = ('teacher', 'teachers', 'terms', 'recipe', 'start', 'stop', 'alpha', 'class_map', 'imports')
+KEYS = ('teacher', 'teachers', 'terms', 'recipe', 'start', 'stop', 'alpha', 'class_map', 'imports', 'pseudo_labels')
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class RunOptions:
             own. None: the student's own losses stay as they are, and the terms' weights say it all.
         class_map: The teacher's name for a class of the student, ``{student name: teacher name}``, where they differ.
         imports: Modules of the user's own losses, adapters, readers and schedules.
+        pseudo_labels: Which detections of the teachers become labels; None: none.
     """
 
     teachers: Mapping[str, Any]
@@ -39,6 +41,7 @@ class RunOptions:
     alpha: float | None = None
     class_map: Mapping[str, str] | None = None
     imports: Sequence[str] = ()
+    pseudo_labels: PseudoLabels | None = None
 
     @classmethod
     def read(cls, options: Any, task: str = '', where: str = 'distill') -> RunOptions:
@@ -82,6 +85,7 @@ class RunOptions:
             alpha=_alpha(options.get('alpha')),
             class_map=_class_map(options.get('class_map')),
             imports=options.get('imports', ()),
+            pseudo_labels=PseudoLabels.read(options.get('pseudo_labels')),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +100,7 @@ class RunOptions:
             'alpha': self.alpha,
             'class_map': self.class_map,
             'imports': list(self.imports),
+            'pseudo_labels': None if self.pseudo_labels is None else self.pseudo_labels.to_dict(),
         }
 
 
@@ -149,7 +154,16 @@ def open_session(
     """
     resolve = resolver_of(options.imports, resolve)
     terms = build_terms(options.terms, resolve)
-    return Session(student, teachers, terms, host, window=options.window, alpha=options.alpha, resolve=resolve)
+    return Session(
+        student,
+        teachers,
+        terms,
+        host,
+        window=options.window,
+        alpha=options.alpha,
+        resolve=resolve,
+        pseudo=options.pseudo_labels,
+    )
 
 
 def pair_classes(

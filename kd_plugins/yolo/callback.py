@@ -26,7 +26,14 @@ from kd_plugins.yolo.run import Run
 from kd_plugins.yolo.teacher import class_count, class_names, find_teacher, input_channels
 
 OLDEST = (8, 4, 140)
-EVENTS = ('on_pretrain_routine_end', 'on_train_epoch_start', 'on_train_batch_start', 'on_train_epoch_end', 'teardown')
+EVENTS = (
+    'on_pretrain_routine_end',
+    'on_train_epoch_start',
+    'on_train_batch_start',
+    'on_train_epoch_end',
+    'on_train_end',
+    'teardown',
+)
 
 
 class DistillCallback:
@@ -207,12 +214,15 @@ class DistillCallback:
         if verdict is not None and is_main():
             logger().warning(f'{verdict} (epoch {trainer.epoch + 1}).')
 
-    def teardown(self, trainer: Any) -> None:
-        """Give the student its criterion back; called after training and after a crash."""
+    def on_train_end(self, trainer: Any) -> None:
+        """Say so when the run was never distilled; not called after a crash."""
         run = self._runs.get(trainer)
         never = run.session.finish() if run is not None else None
         if never is not None and is_main():
             logger().warning(never)
+
+    def teardown(self, trainer: Any) -> None:
+        """Give the student its criterion back; called after training and after a crash."""
         self._detach(trainer)
 
     # ------------------------------------------------------------------

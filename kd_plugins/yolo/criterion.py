@@ -19,14 +19,18 @@ class KDCriterion:
     Args:
         plain: The criterion of the student.
         add: ``add(loss, items, predictions, batch) -> (loss, items)``.
+        label: ``label(batch) -> batch`` as the plain criterion is to see it.
     """
 
-    def __init__(self, plain: Any, add: Callable[..., tuple]) -> None:
+    def __init__(
+        self, plain: Any, add: Callable[..., tuple], label: Callable[[Any], Any] = lambda batch: batch
+    ) -> None:
         object.__setattr__(self, '_plain', plain)
         object.__setattr__(self, '_add', add)
+        object.__setattr__(self, '_label', label)
 
     def __call__(self, preds: Any, batch: dict[str, Any]) -> tuple:
-        loss, items = self._plain(preds, batch)
+        loss, items = self._plain(preds, self._label(batch))
         return self._add(loss, items, preds, batch)
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.run import RunOptions
@@ -88,6 +89,9 @@ class DistillOptions:
             ``'both'``; each is multiplied by the factor that Ultralytics gives to the branch in this epoch.
         classes: Class names of the teacher in the order of its outputs, where its file has none or wrong ones.
         class_map: The teacher's name for a class of the student, ``{student name: teacher name}``, where they differ.
+        pseudo_labels: What the teacher detects becomes a label where there is none, while KD is on: the lowest score of
+            such a detection, or ``dict(score=0.4, iou=0.7, nms=0.65)``. For data in which classes that the teacher
+            knows are not labelled. Default None: labels stay as they are.
         start: First epoch with KD, counted from 0.
         stop: First epoch without it again. None: to the end.
         trusted: Allow the teacher's file to run code while it is loaded.
@@ -117,6 +121,7 @@ class DistillOptions:
     branch: str = 'one2many'
     classes: Sequence[str] | None = None
     class_map: Mapping[str, str] | None = None
+    pseudo_labels: Any = None
     start: int = 0
     stop: int | None = None
     trusted: bool = False
@@ -150,6 +155,7 @@ class DistillOptions:
         for name, short in SHORT_LOSSES.items():
             self._check_loss(name, short)
         self._check_classes()
+        PseudoLabels.read(self.pseudo_labels)
         for name in ('start', 'stop'):
             value = getattr(self, name)
             if value is None and name == 'stop':
@@ -282,6 +288,7 @@ class DistillOptions:
             alpha=self.alpha,
             class_map=self.class_map,
             imports=self.imports,
+            pseudo_labels=self.pseudo_labels,
         )
         return RunOptions.read(options, 'classification' if classifier else 'detection', 'the distillation')
 

@@ -133,8 +133,15 @@ def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> Dist
                 **{k: getattr(loss, k) for k in accepted if hasattr(loss, k)},
             }
     short = {name: _DEFAULTS[name] for name in SHORT}
+    pseudo = None if run.pseudo_labels is None else run.pseudo_labels.to_dict()
     return options.replace(
-        **short, terms=terms, recipe=None, start=run.window.start, stop=run.window.stop, alpha=run.alpha
+        **short,
+        terms=terms,
+        recipe=None,
+        start=run.window.start,
+        stop=run.window.stop,
+        alpha=run.alpha,
+        pseudo_labels=pseudo,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Position, Session
+from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
 from kd_plugins.teachers.checkpoints import load_checkpoint
 from kd_plugins.yolo.criterion import KDCriterion, plain_criterion
@@ -47,6 +48,25 @@ def columns(terms: Sequence[str]) -> dict[str, str]:
         taken = set(found.values()) | set(COLUMNS.values())
         found[name] = next(c for text in choices if (c := f'kd{text}_loss') not in taken)
     return found
+
+
+def with_labels(batch: Mapping[str, Any], found: Sequence[Tensor], pseudo: PseudoLabels) -> dict[str, Any]:
+    """A copy of a batch of boxes with detections added to its labels, see `Run.label`."""
+    height, width = batch['img'].shape[-2:]
+    scale = batch['bboxes'].new_tensor([width, height, width, height])
+    centre, side = (batch['bboxes'] * scale).split(2, -1)
+    corners = torch.cat([centre - side / 2, centre + side / 2], -1)
+    labels = {key: [batch[key]] for key in ('cls', 'bboxes', 'batch_idx')}
+    for i, rows in enumerate(found):
+        rows = pseudo.missing(rows.to(corners), corners[batch['batch_idx'].to(corners.device) == i])
+        low, high = rows[:, :2], rows[:, 2:4]
+        labels['bboxes'].append(torch.cat([(low + high) / 2, high - low], -1) / scale)
+        labels['cls'].append(rows[:, 5:])
+        labels['batch_idx'].append(torch.full_like(rows[:, 0], i))
+    merged = {key: torch.cat([v.to(parts[0]) for v in parts]) for key, parts in labels.items()}
+    # The criterion expects them image by image.
+    order = merged['batch_idx'].argsort(stable=True)
+    return {**batch, **{key: values[order] for key, values in merged.items()}}
 
 
 class Run:
@@ -89,7 +109,7 @@ class Run:
         self.follow(trainer)
         if trainer.resume and self.session.state():
             self._restore(trainer)
-        self.student.criterion = KDCriterion(criterion, self.add)
+        self.student.criterion = KDCriterion(criterion, self.add, self.label)
         self._attached = True
 
     def follow(self, trainer: Any) -> None:
@@ -124,6 +144,21 @@ class Run:
         if self._capture is not None:
             self._capture.close()
         self._capture = None
+
+    def label(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch as the task loss is to see it: with what the teachers detect, where the run has pseudo-labels.
+
+        Args:
+            batch: With ``img`` ``(B, C, H, W)``, and labels ``cls`` ``(n, 1)``, ``bboxes`` ``(n, 4)`` (centre, width
+                and height, as fractions of the image's) and ``batch_idx`` ``(n,)``.
+
+        Returns:
+            The batch itself where nothing is added, in validation for one.
+        """
+        if not self.student.training or not torch.is_grad_enabled():
+            return batch
+        found = self.session.pseudo_labels(batch['img'], batch)
+        return batch if found is None else with_labels(batch, found, self.session.pseudo)
 
     def add(self, loss: Tensor, items: Mapping[str, Tensor], preds: Any, batch: Mapping[str, Any]) -> tuple:
         """The task loss with the KD losses, and the logged items with the KD columns.

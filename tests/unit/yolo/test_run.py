@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kd_plugins.distiller import Position
+from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import binary_kl_div, kl_div, localization_distill
 from kd_plugins.predictions import read
@@ -13,7 +14,7 @@ from kd_plugins.teachers.run import pair_classes
 from kd_plugins.yolo.callback import version_tuple
 from kd_plugins.yolo.criterion import KDCriterion
 from kd_plugins.yolo.heads import head_of
-from kd_plugins.yolo.run import COLUMNS, columns
+from kd_plugins.yolo.run import COLUMNS, columns, with_labels
 from kd_plugins.yolo.teacher import load_model
 
 
@@ -589,13 +590,18 @@ def test_a_batch_that_is_done_again_was_not_missed(begin):
 def test_a_run_that_was_off_says_so_at_its_end(begin, caplog):
     run = begin(start=2)
     added(run)
+    # After a crash, which says enough by itself, only this one is called.
     run.callback.teardown(run.trainer)
+    assert 'not distilled' not in caplog.text
+    run = begin(start=2)
+    added(run)
+    run.callback.on_train_end(run.trainer)
     assert 'This run was not distilled: KD (from 2 to the end) was never computed.' in caplog.text
     caplog.clear()
     for options in (dict(), dict(cls=0, box=0)):
         run = begin(**options)
         added(run)
-        run.callback.teardown(run.trainer)
+        run.callback.on_train_end(run.trainer)
         assert 'not distilled' not in caplog.text
 
 
@@ -645,3 +651,22 @@ def test_a_student_that_is_its_teacher_is_a_note(begin, trainer, teacher_file, c
 def test_version_tuple():
     assert version_tuple('8.4.190') == (8, 4, 190) and version_tuple('8.5') == (8, 5) > (8, 4, 140)
     assert version_tuple('8.4.140.dev1') == (8, 4, 140) > version_tuple('8.4.99')
+
+
+def test_detections_join_the_labels_image_by_image():
+    """The criterion counts on labels that come image by image."""
+    batch = dict(
+        img=torch.zeros(2, 3, 40, 80),
+        cls=torch.tensor([[3.0], [4.0]]),
+        bboxes=torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 0.1, 0.1]]),
+        batch_idx=torch.tensor([0.0, 1.0]),
+        im_file=['a', 'b'],
+    )
+    # The first is the object that has a label, whatever it is taken for.
+    found = [torch.tensor([[0, 0, 40, 38, 0.9, 1], [60, 10, 80, 30, 0.8, 2]]), torch.zeros(0, 6)]
+    out = with_labels(batch, found, PseudoLabels())
+    assert out['cls'].flatten().tolist() == [3, 2, 4] and out['cls'].shape == (3, 1)
+    assert out['batch_idx'].tolist() == [0, 0, 1]
+    torch.testing.assert_close(out['bboxes'][1], torch.tensor([70 / 80, 0.5, 20 / 80, 0.5]))
+    assert torch.equal(out['bboxes'][[0, 2]], batch['bboxes']) and out['im_file'] is batch['im_file']
+    assert len(batch['cls']) == 2, 'the batch of the run stays as it was'
