@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.taps import Capture, Tap
-from kd_plugins.predictions import Form
+from kd_plugins.predictions import Classes, DensePredictions, Form
 
 
 class Teacher(Protocol):
@@ -101,3 +101,16 @@ class Teacher(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
         ...
+
+
+class Detector(Protocol):
+    """Turns the predictions of a teacher into labels that a host adds to those of a batch."""
+
+    def detect(self, predictions: DensePredictions, classes: Classes, size: tuple[int, int]) -> list[Tensor]:
+        """Rows ``(n, 6)`` for every image: box ``x1, y1, x2, y2`` in pixels, score, and class of the student.
+
+        Args:
+            predictions: The teacher's.
+            classes: ``(student_index, teacher_index)`` of the classes that both know; None: all, in the same order.
+            size: ``(H, W)`` of the images in pixels.
+        """

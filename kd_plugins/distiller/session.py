@@ -19,8 +19,7 @@ from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.host import Host, Position
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
-from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.distiller.pseudo import PseudoLabels
+from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Window
 from kd_plugins.distiller.summary import Row, count
 from kd_plugins.distiller.taps import Capture, Tap, find_module
@@ -82,7 +81,7 @@ class Session(Apart):
         window: Window | None = None,
         alpha: float | None = None,
         resolve: Resolver | None = None,
-        pseudo: PseudoLabels | None = None,
+        pseudo: Detector | None = None,
     ) -> None:
         self.student, self.terms = student, terms
         self.host = Host() if host is None else host
@@ -295,6 +294,7 @@ class Session(Apart):
         for term in self.terms.values():
             if self.matching.form(term) is DensePredictions:
                 ours = self.matching.read('student', batch.student, term.student, DensePredictions, batch)
+                assert isinstance(ours, DensePredictions)
                 more = [*ours.besides, *(['masks'] if ours.coefficients is not None else [])]
                 if more:
                     raise DistillError(
@@ -528,7 +528,7 @@ class Session(Apart):
             samples: What the framework hands on with it.
 
         Returns:
-            Per image ``(n, 6)``, see `PseudoLabels.detect`; None while there is nothing to add: without the option,
+            Per image ``(n, 6)``, see `Detector.detect`; None while there is nothing to add: without the option,
             outside of the window, or while the terms on detection heads are off.
         """
         self._taught = None

@@ -10,8 +10,8 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
+from kd_plugins.teachers.pseudo import PseudoLabels
 
 #: What a detection gives a label for.
 _FIELDS = {'bboxes', 'labels'}

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.distiller.terms import Resolver, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import Classes, match_classes
 from kd_plugins.teachers.pixels import PixelFormat
+from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.sources import build_source, find_source
 
 #: What a run is told, whatever the zoo.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
+from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.run import RunOptions
 
 BRANCH_CHOICES = ('one2many', 'one2one', 'both')

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Position, Session
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
 from kd_plugins.teachers.checkpoints import load_checkpoint
+from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.yolo.criterion import KDCriterion, plain_criterion
 from kd_plugins.yolo.heads import SUPPORTED, head_path
 from kd_plugins.yolo.host import UltralyticsHost

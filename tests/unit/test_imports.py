@@ -52,8 +52,8 @@ MAY_USE = {
     'lab': FRAMEWORKS,
     'info': FRAMEWORKS,
 }
-#: The same, but inside functions only: whoever uses another source of teachers, or no pseudo-labels, does not need them.
-MAY_USE_LATE = {'teachers': {'timm', 'torchvision'}, 'distiller': {'torchvision'}}
+#: The same, but inside functions only: whoever uses another source of teachers does not need them.
+MAY_USE_LATE = {'teachers': {'timm', 'torchvision'}}
 
 #: What is imported at the start of a program that may not want torch at all, nor wait for it.
 LIGHT = ('kd_plugins', 'kd_plugins.errors', 'kd_plugins.autoload')

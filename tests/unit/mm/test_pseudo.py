@@ -8,9 +8,9 @@ pytest.importorskip('mmdet')
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
+from kd_plugins.teachers.pseudo import PseudoLabels
 
 
 def sample(boxes, labels, ignored=None, **more):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kd_plugins.distiller import Position
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import binary_kl_div, kl_div, localization_distill
 from kd_plugins.predictions import read
+from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.run import pair_classes
 from kd_plugins.yolo.callback import version_tuple
 from kd_plugins.yolo.criterion import KDCriterion

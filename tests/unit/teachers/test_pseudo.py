@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kd_plugins.distiller.pseudo import PseudoLabels
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import DensePredictions
+from kd_plugins.teachers.pseudo import PseudoLabels
 
 
 def predictions(rows, obj=None, classes=3):
