@@ -8,21 +8,22 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from kd_plugins.distiller import Position, Session, build_terms, find_module, summary, untouched_rng
 from kd_plugins.distiller.summary import classes_text, schedule_text
 from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError, check_keys
-from kd_plugins.predictions import ClassPredictions, DensePredictions, MaskPredictions, readable
+from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
 from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
+from kd_plugins.yolo.example import example_batch
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
 from kd_plugins.yolo.host import UltralyticsHost
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.run import Run
+from kd_plugins.yolo.task import CLASSIFICATION, TASKS
 from kd_plugins.yolo.teacher import class_count, class_names, find_teacher, input_channels
 
 OLDEST = (8, 4, 140)
@@ -156,8 +157,7 @@ class DistillCallback:
                     options.class_map,
                     student_count=class_count(student),
                     teacher_count=teacher.num_classes,
-                    # Data sets of whole images have no such filter: the labels of all classes train.
-                    taught=None if host.classifier else trainer.args.classes,
+                    taught=host.task.trained(trainer.args.classes),
                 )
         session.set_classes(classes)
         # With a limit of time the number of epochs is found out on the way.
@@ -165,11 +165,8 @@ class DistillCallback:
             raise DistillError(
                 f'start={session.window.start} is not before the end of the run ({trainer.epochs} epochs).'
             )
-        first = next(student.parameters())
-        side = 2 * max(int(trainer.stride), 32)
-        image = torch.full((2, channels, side, side), 0.5, device=first.device, dtype=first.dtype)
         with untouched_rng():
-            rows = session.check(image)
+            rows = session.check(*example_batch(trainer, channels))
         run = Run(session, host)
         run.attach(trainer)
         if is_main():
@@ -183,7 +180,7 @@ class DistillCallback:
                     for n, t in session.teachers.items()
                 },
                 schedule=schedule_text(session.window, 'epoch', trainer.epochs, session.alpha),
-                notes=[*notes, *session.notes, *host.notes()],
+                notes=[*notes, *session.notes, *host.task.notes],
             )
             logger().info(f'\n{text}\n')
             write_recipe(os.path.join(trainer.save_dir, FILE), self.options, options, session)
@@ -234,7 +231,7 @@ class DistillCallback:
     def _open(self, student: nn.Module, host: UltralyticsHost) -> tuple[RunOptions, Session, list[str]]:
         """Load the teachers, each once; whether masks are taught by default depends on them."""
         head = head_of(student)
-        facts = dict(classifier=host.classifier, end_to_end=is_end_to_end(head))
+        facts = dict(classifier=host.task is CLASSIFICATION, end_to_end=is_end_to_end(head))
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
         early = self.options.expand(**facts, masks=readable(head, MaskPredictions))
         build_terms(early.terms, resolver_of(early.imports))
@@ -277,17 +274,16 @@ def _refuse_other_tasks(session: Session, host: UltralyticsHost) -> None:
     Raises:
         DistillError: A term compares what a teacher predicts, which its student does not.
     """
-    words = {True: 'classifier', False: 'detector'}
     for term in session.terms.values():
         teacher = session.teachers[term.teacher.owner]
         if term.consumes == 'features' or term.teacher.module != teacher.head:
             continue
         head = find_module(teacher.model, teacher.head, 'teacher')
-        theirs = readable(head, ClassPredictions)
-        if theirs != host.classifier and (theirs or readable(head, DensePredictions)):
+        theirs = next((task for task in TASKS if readable(head, task.form)), host.task)
+        if theirs is not host.task:
             raise DistillError(
-                f'The student is a {words[host.classifier]} and the teacher a {words[theirs]}: a teacher must do what '
-                'its student does (detect, segment, pose and obb count as detectors), or teach features only.'
+                f'The student is a {host.task.model} and the teacher a {theirs.model}: a teacher must do what its '
+                'student does (detect, segment, pose and obb count as detectors), or teach features only.'
             )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Host, Tap, Teacher
-from kd_plugins.yolo.heads import BRANCHES, head_path, is_classifier
+from kd_plugins.yolo.heads import BRANCHES, head_path
 from kd_plugins.yolo.taps import ultralytics_tap
+from kd_plugins.yolo.task import task_of
 
 
 class UltralyticsHost(Host):
@@ -22,12 +22,7 @@ class UltralyticsHost(Host):
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
-        self.classifier = is_classifier(student)
-
-    @property
-    def task(self) -> str:
-        """As recipes name it."""
-        return 'classification' if self.classifier else 'detection'
+        self.task = task_of(student)
 
     def tap(self, student: nn.Module, tap: Tap) -> Tap:
         return ultralytics_tap(student, tap, 'student')
@@ -36,11 +31,7 @@ class UltralyticsHost(Host):
         return head_path(student)
 
     def targets(self, inputs: Any, samples: Any) -> Tensor | None:
-        if not self.classifier:
-            return None
-        if not isinstance(samples, Mapping):
-            return inputs.new_zeros(len(inputs), dtype=torch.long)
-        return samples['cls'].to(inputs.device)
+        return self.task.targets(inputs, samples)
 
     def for_teacher(self, inputs: Any) -> Any:
         kind = inputs.device.type
@@ -60,14 +51,6 @@ class UltralyticsHost(Host):
         names = dict(zip(BRANCHES, ('o2m', 'o2o'), strict=True))
         criterion = getattr(self.student, 'criterion', None)
         return float(getattr(criterion, names[term_tap.part], 1.0)) if term_tap.part else 1.0
-
-    def scale(self, inputs: Tensor) -> int:
-        """What a mean over images is multiplied by to be as the task loss: dense losses are sums over the batch."""
-        return 1 if self.classifier else inputs.shape[0]
-
-    def notes(self) -> list[str]:
-        """What is special here, for the summary."""
-        return [] if self.classifier else ['losses are multiplied by the batch size, as the task loss is']
 
     def size_option(self, side: str) -> str:
         return 'imgsz' if side == 'student' else super().size_option(side)

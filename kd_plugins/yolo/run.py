@@ -187,7 +187,7 @@ class Run:
         capture = self.session.capture(known=self.session.student_modules) if capture is None else capture
         capture.put(self._head, preds, training=True, module=self.student.get_submodule(self._head))
         values = self.session.losses(capture, batch['img'], batch)
-        scale = self.host.scale(batch['img'])
+        scale = self.host.task.scale(batch['img'])
         total = torch.stack([v.float() for v in values.values()]).sum()
         for name, column in self.columns.items():
             value = values[f'loss_kd_{name}'].detach()

@@ -63,7 +63,7 @@ class Trainer:
         from ultralytics.cfg import get_cfg
 
         self.model, self.epochs, self.epoch, self.start_epoch, self.resume = model, epochs, 0, 0, False
-        self.args = get_cfg(overrides=dict(epochs=epochs, model='student.yaml', **options))
+        self.args = get_cfg(overrides={**dict(epochs=epochs, model='student.yaml', imgsz=64), **options})
         model.args = self.args
         self.data = {'names': dict(enumerate(yolo_lab.COLOURS))}
         self.train_loader, self.stride = [None, None], 32
