@@ -67,7 +67,7 @@ class Matching:
     ) -> None:
         self.student, self.teachers, self.classes, self.head = student, teachers, classes, head
         self._forms: dict[str, type[Form] | None] = {}
-        self._paired: dict[str, tuple[tuple, list[tuple[int, int]]]] = {}
+        self._paired: dict[str, tuple[tuple[object, ...], list[tuple[int, int]]]] = {}
 
     def classes_of(self, term: Term) -> Classes:
         """The classes that student and teacher of a term both know."""
@@ -291,6 +291,11 @@ class Matching:
                     'there is no map of where the whole image is attended to; tap the attention of a ViT, or features.'
                 )
             try:
+                if capture.image_size is None:
+                    raise DistillError(
+                        'the batch is no tensor of images, so its tokens have no known grid; tap (B, C, H, W) maps, or '
+                        'write an adapter of your own.'
+                    )
                 to_map = as_map if owner is None else attention_map
                 found.append(to_map(tensor, capture.image_size, tokens))
             except DistillError as error:

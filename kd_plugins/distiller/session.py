@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
 from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Window
 from kd_plugins.distiller.summary import Row, count
-from kd_plugins.distiller.taps import Capture, Tap, find_module
+from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.losses._common import as_full
-from kd_plugins.losses.base import declaration_of
+from kd_plugins.losses.base import Extras, declaration_of
 from kd_plugins.predictions import Classes, ClassPredictions, DensePredictions, Form, align_classes, forms, readable
 
 #: Iterations in which KD should have been computed and was not, after which a run is stopped.
@@ -256,7 +256,7 @@ class Session(Apart):
                     module.training = True
             # With gradients, to see which taps have one.
             with torch.enable_grad(), capture, self._running('student', self.student, inputs):
-                capture.image_size = tuple(inputs.shape[-2:])
+                capture.image_size = image_size_of(inputs)
                 self.host.run(self.student, inputs, samples, tuple(capture.modules))
         finally:
             for module, training in modes:
@@ -376,7 +376,7 @@ class Session(Apart):
                     self._keep(term, nn.ModuleList())
                 pair = self.matching.predictions(term, batch)
                 if term.declared.stands_for_another:
-                    term.loss = term.loss.for_predictions(*pair)
+                    term.loss = cast(Extras, term.loss).for_predictions(*pair)
                     term.declared = declaration_of(term.loss)
                 value = self._compare(term, *pair, batch)
                 found = pair[0].describe(), pair[1].describe()
@@ -461,7 +461,7 @@ class Session(Apart):
         losses = None
         if term.declared.built_per_level:
             # A loss with parts of its own is built once per level, for what the adapter hands it.
-            losses = nn.ModuleList([term.loss.for_channels(teacher.shape[1]) for teacher in taught])
+            losses = nn.ModuleList([cast(Extras, term.loss).for_channels(teacher.shape[1]) for teacher in taught])
         changes = any(not isinstance(a, _Identity) for a in theirs)
         self._keep(term, nn.ModuleList(adapters), losses, nn.ModuleList(theirs) if changes else None)
 
@@ -489,19 +489,29 @@ class Session(Apart):
         return term.name in self._free or term.name in self.bank._modules
 
     def _parts(self, term: Term) -> nn.ModuleDict:
-        parts = self.bank._modules.get(term.name) or self._free.get(term.name)
-        return parts if parts is not None else _NONE
+        parts = self.bank._modules.get(term.name) or self._free.get(term.name, _NONE)
+        assert isinstance(parts, nn.ModuleDict)
+        return parts
 
     def _adapters(self, term: Term) -> nn.ModuleList:
-        return self._parts(term)['adapters']
+        adapters = self._parts(term)['adapters']
+        assert isinstance(adapters, nn.ModuleList)
+        return adapters
+
+    def _losses(self, term: Term) -> nn.ModuleList | None:
+        """The losses of a term by level; None where it has one for all."""
+        parts = self._parts(term)
+        losses = parts['losses'] if 'losses' in parts else None
+        assert losses is None or isinstance(losses, nn.ModuleList)
+        return losses
 
     def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> str:
-        words = []
+        words, losses = [], self._losses(term)
         for level, (adapter, (student, teacher)) in enumerate(zip(self._adapters(term), pairs, strict=True)):
             seen = self._as_compared(term, level, student, teacher, batch)
             found = [_describe(adapter, student, seen)]
-            if 'losses' in self._parts(term):
-                own = self._parts(term)['losses'][level]
+            if losses is not None:
+                own = losses[level]
                 found.append(f'{type(own).__name__} {count(sum(p.numel() for p in own.parameters()))}')
             theirs = self._theirs.get(term.name)
             said = ', '.join(word for word in found if word != 'none') or 'none'
@@ -563,7 +573,7 @@ class Session(Apart):
         if not live:
             return result
         self._asked += 1
-        capture.image_size = tuple(inputs.shape[-2:]) if isinstance(inputs, Tensor) else None
+        capture.image_size = image_size_of(inputs)
         taught, self._taught = self._taught, None
         if taught is None:
             taught = self._teach(live, inputs, samples)
@@ -571,7 +581,7 @@ class Session(Apart):
         batch = Batch(capture, taught, labels)
         for term in live:
             if term.temperature is not None:
-                term.loss.temperature = term.temperature(self.position.progress)
+                cast(Extras, term.loss).temperature = term.temperature(self.position.progress)
             try:
                 value = self._term_loss(term, batch)
             except DistillError as error:
@@ -633,8 +643,7 @@ class Session(Apart):
             return (weights.detach() * torch.stack(values)).mean()
 
     def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
-        parts = self._parts(term)
-        adapters = parts['adapters']
+        adapters, losses = self._adapters(term), self._losses(term)
         classes = self.matching.classes_of(term)
         values = []
         for level, (student, teacher) in enumerate(pairs):
@@ -657,7 +666,7 @@ class Session(Apart):
                 pair = align_classes(ClassPredictions(student, kind), ClassPredictions(teacher, kind), known)
                 values.append(self._compare(term, *pair, batch))
                 continue
-            loss = parts['losses'][level] if 'losses' in parts else term.loss
+            loss = term.loss if losses is None else losses[level]
             # Also for users' own losses: half precision overflows.
             with torch.autocast(student.device.type, enabled=False):
                 if term.declared.needs_target:

@@ -108,7 +108,8 @@ def find_module(model: nn.Module, path: str, where: str) -> nn.Module:
     Raises:
         DistillError: There is no such module; the nearest paths and the children of the last valid part are named.
     """
-    module, walked = model, []
+    module = model
+    walked: list[str] = []
     for part in path.split('.'):
         # What an exported file holds are no layers any more, and it says so.
         opaque = getattr(module, 'opaque', None)
@@ -130,7 +131,7 @@ def find_module(model: nn.Module, path: str, where: str) -> nn.Module:
     return module
 
 
-def map_tensors(value: Any, function) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], object]) -> Any:
     """Apply a function to every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return function(value)
@@ -148,6 +149,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(value, found.append)
     return found
+
+
+def image_size_of(inputs: Any) -> tuple[int, int] | None:
+    """``(H, W)`` in pixels of a batch ``(B, C, H, W)``; None where it is no tensor of images."""
+    return (inputs.shape[-2], inputs.shape[-1]) if isinstance(inputs, Tensor) and inputs.dim() > 1 else None
 
 
 class Capture:
@@ -212,20 +218,19 @@ class Capture:
 
     __enter__ = open
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _recorder(self, path: str, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
         given = path in self.attention
 
-        @torch.compiler.disable(recursive=False)
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
             recorded = map_tensors(args if given else output, Tensor.clone)
             self.calls[path].append(Call(recorded, module.training))
             return output
 
-        return forward
+        return torch.compiler.disable(forward, recursive=False)
 
     @property
     def device(self) -> str:

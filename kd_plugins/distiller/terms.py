@@ -170,6 +170,7 @@ def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Resolver
         factory = getattr(package, short) if short in known else (resolve(name) if resolve else None)
     if factory is None:
         raise DistillError(f'{where}: there is no {kind} {name!r}; {nearest(name, known)}')
+    accepted: Mapping[str, inspect.Parameter]
     try:
         accepted = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # pragma: no cover - builtins without a signature

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 
@@ -64,6 +64,18 @@ class Declaration:
     built_per_level: bool = False
     takes_predictions: bool = False
     stands_for_another: bool = False
+
+
+class Extras(Protocol):
+    """What a loss may have beyond ``forward``: for type checkers, where it is known that it has it."""
+
+    temperature: float
+
+    def for_channels(self, channels: int) -> nn.Module: ...
+
+    def for_predictions(self, student: Any, teacher: Any) -> nn.Module: ...
+
+    def from_predictions(self, student: Any, teacher: Any) -> Tensor: ...
 
 
 def declaration_of(loss: nn.Module) -> Declaration:

@@ -205,7 +205,7 @@ def _most_confident(predictions: DensePredictions, points: Tensor) -> DensePredi
         return groups.gather(2, index.expand(-1, -1, 1, *tensor.shape[2:])).squeeze(2)
 
     names = [n for n in FIELDS if n != 'box' and getattr(predictions, n) is not None]
-    changes = {n: pick(getattr(predictions, n)) for n in names}
+    changes: dict[str, object] = {n: pick(getattr(predictions, n)) for n in names}
     if predictions.box is not None:
         reason = f"the teacher's {k} priors per location code boxes differently from the student's one"
         changes.update(_without(predictions, ['box'], reason))

@@ -8,14 +8,14 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from kd_plugins.errors import DistillError
-from kd_plugins.losses.base import Declaration
+from kd_plugins.losses.base import Declaration, Extras
 from kd_plugins.predictions.form import Classes, Form, refuse_activation
 
 ACTIVATIONS = ('sigmoid', 'softmax', 'probability')
@@ -321,7 +321,7 @@ class DensePredictions(Form):
             raise refuse_activation(loss, student.activation, 'this detector', "loss=dict(type='BinaryKLDivLoss')")
         if declared.takes_predictions:
             # It may know what to make of a whole head (its objectness, for one).
-            return loss.from_predictions(student, teacher)
+            return cast(Extras, loss).from_predictions(student, teacher)
         return loss(student.class_logits(), teacher.class_logits())
 
 

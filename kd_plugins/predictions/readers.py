@@ -129,9 +129,8 @@ def readable(head: nn.Module, form: type[Form] = DensePredictions) -> bool:
 
 def known_head(head: nn.Module) -> bool:
     """Whether a module is a head that can be read into any form, or one that is known to have none."""
-    return any(
-        _lookup(table, cls) is not None for cls in type(head).__mro__ for table in (_unreadable, *_readers.values())
-    )
+    tables: list[Mapping[str | type, Any]] = [_unreadable, *_readers.values()]
+    return any(_lookup(table, cls) is not None for cls in type(head).__mro__ for table in tables)
 
 
 def read(

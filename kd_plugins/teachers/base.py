@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.protocol import Teacher
-from kd_plugins.distiller.taps import Capture, Tap, map_tensors
+from kd_plugins.distiller.taps import Capture, Tap, image_size_of, map_tensors
 from kd_plugins.predictions import Form
 from kd_plugins.teachers.pixels import Padding
 
@@ -118,15 +118,16 @@ class ModelTeacher(Apart):
         if self._padding is not None:
             prepared = self._padding(inside)
         with Capture(self.model, modules, 'teacher') as capture:
-            capture.image_size = tuple(inside.shape[-2:]) if isinstance(inside, Tensor) else None
+            capture.image_size = image_size_of(inside)
             self._run(self.model, prepared, samples, modules)
-        if prepared is not inside:
-            self._cut(capture, tuple(prepared.shape[-2:]))
+        if self._padding is not None and prepared is not inside:
+            cut = functools.partial(self._padding.cut, padded=prepared.shape[-2:], inside=inside.shape[-2:])
+            self._cut(capture, cut)
         return capture
 
-    def _cut(self, capture: Capture, padded: tuple[int, int]) -> None:
+    @staticmethod
+    def _cut(capture: Capture, cut: Callable[[Tensor], Tensor]) -> None:
         """Take off the outputs what padding added."""
-        cut = functools.partial(self._padding.cut, padded=padded, inside=capture.image_size)
         for path, calls in capture.calls.items():
             # (B, heads, N, N) attention is no map, whatever N is.
             if path not in capture.attention:

@@ -52,7 +52,7 @@ ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 _HASHED = re.compile(r'-[0-9a-f]{8,}\.')
 
 
-class _Placeholder(dict):
+class _Placeholder(dict[Any, Any]):
     """Stands for an object of a class that the loader does not know; holds its state, runs none of its code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -137,8 +137,8 @@ def load_weights(
     report = load_strictly(net, weights.state, source, architecture=f'teacher.{kind}')
     data = weights.meta.get('dataset_meta')
     names = data.get('classes') if isinstance(data, Mapping) else None
-    usable = isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
-    return Loaded(net, number, tuple(names) if usable else None, (*weights.notes, *report.notes()))
+    usable = names if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
+    return Loaded(net, number, None if usable is None else tuple(usable), (*weights.notes, *report.notes()))
 
 
 def _stored_classes(net: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
@@ -218,11 +218,12 @@ def as_teacher(
         tuple(255 * float(v) for v in cfg[key]) if cfg.get(key) is not None else per_channel(default, channels)
         for key, default in (('mean', data.mean), ('std', data.std))
     )
-    inputs = Renormalize(student, PixelFormat(mean, std, rgb=True), channels=channels)
+    renormalize = Renormalize(student, PixelFormat(mean, std, rgb=True), channels=channels)
+    inputs: Renormalize | Resized = renormalize
     if size is not None:
         # What timm and torchvision name besides is no mode of `interpolate`.
         mode = data.interpolation if data.interpolation in ('bilinear', 'bicubic') else 'bicubic'
-        inputs = Resized(inputs, size, mode)
+        inputs = Resized(renormalize, size, mode)
     return FrozenTeacher(
         net,
         _run,

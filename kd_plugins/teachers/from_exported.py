@@ -73,15 +73,16 @@ def build(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher, list[s
             f'teacher.input_size is {size[0]}x{size[1]}, but {path!r} was exported for '
             f'{"x".join("any" if f is None else str(f) for f in net.size)}; leave the option out.'
         )
-    if size is None and None not in net.size:
-        size = net.size
+    height, width = net.size
+    if size is None and height is not None and width is not None:
+        size = height, width
     channels = cfg.get('in_chans') or net.channels or 3
     if net.channels not in (None, channels):
         raise DistillError(f'teacher.in_chans is {channels}, but {path!r} was exported for {net.channels}.')
     cfg = {**cfg, 'in_chans': channels}
     classifier = ClassifierNetwork(net, wanted_classes(cfg), activation(cfg))
     data = data_config(net)
-    probe = size or tuple(f or s for f, s in zip(net.size, data.input_size, strict=True))
+    probe = size or (height or data.input_size[0], width or data.input_size[1])
     classifier.logits.num_classes = count_classes(classifier, probe, channels, 'teacher.exported')
     _refuse_training_mode(net, torch.rand(2, channels, *probe, generator=torch.Generator().manual_seed(0)))
     teacher = as_teacher(
@@ -136,6 +137,7 @@ class ExportedNetwork(nn.Module):
         size: ``(H, W)`` that it was exported for; None: any, or unknown.
         channels: The same for channels.
         batch: Smallest and largest number of images that it takes at once.
+        program: What runs.
         description: For the summary.
         opaque: Why its layers cannot be tapped.
     """
@@ -143,6 +145,7 @@ class ExportedNetwork(nn.Module):
     size: tuple[int | None, int | None] = (None, None)
     channels: int | None = None
     batch: tuple[int, int] = (1, _NO_LIMIT)
+    program: nn.Module
     description = ''
     opaque = "an exported file has no layers to tap any more; tap 'logits', or give the teacher as timm, torchvision "
     opaque += 'or module'
@@ -214,9 +217,10 @@ class ExportedProgram(ExportedNetwork):
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 4:
             shown = ', '.join(str(tuple(i.shape)) if isinstance(i, Tensor) else type(i).__name__ for i in inputs)
             raise DistillError(f'teacher.exported {path!r} must take one batch of images, but takes {shown}.')
-        batch, channels, *size = inputs[0].shape
-        self.size = tuple(s if isinstance(s, int) else None for s in size)
-        self.channels = channels if isinstance(channels, int) else None
+        batch, *rest = inputs[0].shape
+        # Of a dynamic side it has a symbol.
+        self.channels, *size = (s if isinstance(s, int) else None for s in rest)
+        self.size = size[0], size[1]
         self.batch = self._batches(batch)
         self.device, self.dtype = inputs[0].device, inputs[0].dtype
         fixed = f', {batch} images at once' if isinstance(batch, int) else ''

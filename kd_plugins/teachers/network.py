@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -80,6 +80,12 @@ class DataConfig:
     input_size: tuple[int, int]
     interpolation: str
     crop_pct: float
+
+
+class _Configured(Protocol):
+    """A network of timm, which says how it was trained."""
+
+    pretrained_cfg: Mapping[str, Any]
 
 
 def image_size(value: Any, where: str) -> tuple[int, int] | None:
@@ -236,7 +242,8 @@ def create_network(
         _check_patches(net, name, size, where)
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     if size is not None or in_chans != 3:
-        net.pretrained_cfg = {**cfg, 'input_size': (in_chans, *(size or cfg.get('input_size', (3, 224, 224))[-2:]))}
+        sides = size or cfg.get('input_size', (3, 224, 224))[-2:]
+        cast(_Configured, net).pretrained_cfg = {**cfg, 'input_size': (in_chans, *sides)}
     return net
 
 

@@ -269,7 +269,7 @@ class Padding:
         below, right = (-side % self.divisor for side in images.shape[-2:])
         return pad(images, (0, right, 0, below), value=self.value) if below or right else images
 
-    def cut(self, output: Tensor, padded: tuple[int, int], inside: tuple[int, int]) -> Tensor:
+    def cut(self, output: Tensor, padded: Sequence[int], inside: Sequence[int]) -> Tensor:
         """What the network made of the picture alone.
 
         Args:
@@ -284,7 +284,7 @@ class Padding:
                 break
             grid = tuple(output.shape[first : first + 2])
             stride = padded[0] // grid[0]
-            if stride < self.divisor and padded == (grid[0] * stride, grid[1] * stride):
+            if stride < self.divisor and tuple(padded) == (grid[0] * stride, grid[1] * stride):
                 for dim, side in enumerate(inside, first):
                     output = output.narrow(dim, 0, -(-side // stride))
                 break

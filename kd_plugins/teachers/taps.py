@@ -46,7 +46,7 @@ def classifier_tap(model: nn.Module, tap: Tap, side: str) -> Tap:
 
 
 def _stage(model: nn.Module, tap: Tap, index: int | None, side: str, name: str) -> Tap:
-    paths = stages(model.net)
+    paths = stages(find_module(model, 'net', side))
     if index is None or not -len(paths) <= index < len(paths):
         raise DistillError(
             f'{side} {str(tap)!r}: {name} has {len(paths)} stages; write stages[-1] (the last) to '
@@ -63,8 +63,9 @@ def _layer(model: nn.Module, tap: Tap, side: str, name: str) -> Tap:
         if rest or tap.index is not None:
             raise DistillError(f'{where}: logits are tapped as a whole; write {root!r}.')
         return tap.means('logits') if root == 'head' else tap
+    net = find_module(model, 'net', side)
     if root != 'net':
-        layers = [layer for layer, _ in model.net.named_modules() if layer]
+        layers = [layer for layer, _ in net.named_modules() if layer]
         # What is called a backbone elsewhere has the layers in it.
         close = [c for path in (tap.module, rest) for c in get_close_matches(path, layers, 1, 0.8)]
         hint = f'; did you mean {f"net.{close[0]}"!r}?' if close else '.'
@@ -73,7 +74,7 @@ def _layer(model: nn.Module, tap: Tap, side: str, name: str) -> Tap:
             f"and its layers, 'net.<name>'{hint}"
         )
     module = find_module(model, tap.module, side)
-    heads = model.net.get_classifier() if hasattr(model.net, 'get_classifier') else ()
+    heads: object = getattr(net, 'get_classifier', tuple)()
     for number, head in enumerate(heads if isinstance(heads, (tuple, list)) else (heads,)):
         if module is head:
             # As layers, their classes would not be matched by name, nor the token's head recognised.

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Packages that mypy checks strictly.
-STRICT = ('adapters', 'errors', 'losses')
+STRICT = ('adapters', 'distiller', 'errors', 'losses', 'predictions', 'recipes', 'teachers')
 FRAMEWORKS = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'ultralytics', 'timm', 'cv2')
 
 

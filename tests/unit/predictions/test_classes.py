@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kd_plugins.errors import DistillError
+from kd_plugins.losses.base import Declaration
 from kd_plugins.predictions import (
     ClassLogits,
     ClassPredictions,
@@ -88,6 +89,37 @@ def test_mixed_labels_of_the_shared_classes():
     assert keep.tolist() == [True, True, False]
     expected = (0.9 * mixed + 0.025)[:, [2, 0]]
     torch.testing.assert_close(labels, expected / expected.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize('share', [0.0, 0.3, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_an_image_that_is_mixed_with_an_unknown_class_does_not_count(share, smoothing):
+    """Not even where most of it is of a class that the teacher knows."""
+    mixed = torch.tensor([[share, 1 - share, 0.0], [share, 0.0, 1 - share]])
+    _, keep = map_class_labels((1 - smoothing) * mixed + smoothing / 3, [0, 2])
+    assert keep.tolist() == [False, True]
+
+
+def test_a_loss_is_given_the_images_that_count():
+    """Of three, the one that is 70 % of a known class is left out, with or without a target."""
+    ours, theirs = predictions(3, 4), predictions(3, 4, seed=1)
+    target = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.7, 0.0, 0.0, 0.3], [0.4, 0.0, 0.6, 0.0]])
+    classes = ([0, 2], [1, 3])
+    student, teacher = align_classes(ours, theirs, classes)
+    found = []
+
+    def loss(*given):
+        found.append(given)
+        return given[0].sum()
+
+    for needs_target in (False, True):
+        declared = Declaration(consumes='logits', needs_target=needs_target)
+        ClassPredictions.compare(loss, declared, student, teacher, target, classes)
+    for given in found:
+        assert torch.equal(given[0], ours.logits[[0, 2]][:, [0, 2]])
+        assert torch.equal(given[1], theirs.logits[[0, 2]][:, [1, 3]])
+    assert len(found[0]) == 2
+    torch.testing.assert_close(found[1][2], torch.tensor([[1.0, 0.0], [0.4, 0.6]]))
 
 
 def test_gradients_reach_the_selected_classes_only():

@@ -1,5 +1,7 @@
 """Grey and coloured images between students and teachers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -76,6 +78,33 @@ def test_numbers_of_channels_that_do_not_fit():
             3,
             4,
         )
+
+
+@pytest.mark.parametrize('same', [True, False])
+def test_formats_that_differ_in_their_padding_alone(same):
+    """A border of grey is nothing that a teacher which was padded with its mean has ever seen."""
+    student = PixelFormat(COLOUR.mean, COLOUR.std, rgb=True, pad=0.5)
+    teacher = PixelFormat(COLOUR.mean, COLOUR.std, rgb=True, pad=0.5 if same else 0.0)
+    renormalize, images = Renormalize(student, teacher), torch.full((2, 3, 4, 6), 0.25)
+    images[0, :, 3:] = images[0, :, :, 4:] = 0.5
+    samples = [SimpleNamespace(metainfo=dict(img_shape=shape)) for shape in ((3, 4), (4, 6))]
+    before, found = images.clone(), renormalize(images, samples)
+    assert renormalize.same is same and (renormalize.description == 'same as student') is same
+    assert (found is images) is same and torch.equal(images, before)
+    if not same:
+        assert found[0, :, :3, :4].eq(0.25).all() and found[1].eq(0.25).all()
+        assert found[0, :, 3:].eq(0).all() and found[0, :, :, 4:].eq(0).all()
+
+
+def test_formats_that_differ_otherwise_are_not_the_same():
+    for other in (
+        PixelFormat(COLOUR.mean[::-1], COLOUR.std[::-1], rgb=False),
+        PixelFormat((123.0, 116.0, 103.5), COLOUR.std, rgb=True),
+        PixelFormat(COLOUR.mean, (58.0, 57.0, 57.0), rgb=True),
+    ):
+        found = Renormalize(COLOUR, other)
+        assert not found.same and str(other) in found.description
+    assert Renormalize(COLOUR, COLOUR).same
 
 
 def test_images_that_something_unseen_has_scaled():
