@@ -55,7 +55,7 @@ class Session(Apart):
         window: In which epochs (iterations in an iteration-based run) KD is on.
         alpha: Balance of the run: ``alpha`` times the KD losses and ``1 - alpha`` times the student's own, while KD is
             on. None: both as they are.
-        resolve: Looks up adapter names that are not ours.
+        resolve: Finds adapters that are not ours.
 
     Attributes:
         bank: The trainable adapters, in no module tree; empty for parameter-free terms.
@@ -323,6 +323,11 @@ class Session(Apart):
         taught = batch.teachers[term.teacher.owner]
         try:
             whole = self.matching.reads(term)
+            if term.samples is not None and not (whole or term.projects):
+                raise DistillError(
+                    f'samples weighs images by what is predicted for them, and {type(term.loss).__name__} compares '
+                    'tensors here; remove it, or tap whole heads with a loss on predictions or logits.'
+                )
             if not term.always_zero:
                 _refuse_frozen(term, batch.student.maps(term.student))
             if whole:
@@ -530,6 +535,11 @@ class Session(Apart):
             if term.samples is None:
                 return type(student).compare(term.loss, term.declared, student, teacher, batch.target, classes)
             weights = term.samples(student, teacher, batch.target)
+            if tuple(weights.shape) != (len(student.source),):
+                raise DistillError(
+                    f'{type(term.samples).__name__} must return one weight per image, ({len(student.source)},), got '
+                    f'{tuple(weights.shape)}.'
+                )
             values = [
                 type(student).compare(
                     term.loss,

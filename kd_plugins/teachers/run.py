@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
-from kd_plugins.distiller.terms import Resolver, resolver_of
+from kd_plugins.distiller.terms import Lookup, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import Classes, match_classes
 from kd_plugins.teachers.pixels import PixelFormat
@@ -133,7 +133,7 @@ def open_session(
     teachers: Mapping[str, Teacher],
     options: RunOptions,
     host: Host,
-    resolve: Resolver | None = None,
+    more: Lookup | None = None,
 ) -> Session:
     """The session of a run; classes are paired by :func:`pair_classes` afterwards.
 
@@ -142,12 +142,12 @@ def open_session(
         teachers: The loaded teachers.
         options: What the run is told.
         host: The framework.
-        resolve: Looks up losses and adapters that are in no module of ``imports``.
+        more: Finds losses and adapters that are in no module of ``imports``.
 
     Raises:
         DistillError: A term is misspelt, or names what does not exist.
     """
-    resolve = resolver_of(options.imports, resolve)
+    resolve = resolver_of(options.imports, more)
     terms = build_terms(options.terms, resolve)
     return Session(student, teachers, terms, host, window=options.window, alpha=options.alpha, resolve=resolve)
 

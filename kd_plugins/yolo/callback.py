@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Position, Session, build_terms, find_module, summary, untouched_rng
+from kd_plugins.distiller import Position, Session, build_terms, find_module, resolver_of, summary, untouched_rng
 from kd_plugins.distiller.summary import classes_text, schedule_text
-from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.predictions import ClassPredictions, DensePredictions, MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
