@@ -96,12 +96,15 @@ def own_files(monkeypatch):
     """Names of the modules in tests/unit/extending, by what they add; what they register ends with the test."""
     from kd_plugins.distiller import schedules, weighting
     from kd_plugins.predictions import form, readers
+    from kd_plugins.teachers import sources, teacher_kind
 
+    teacher_kind({})  # those of the package are registered for good
     for module, table in (
         (schedules, '_PARSERS'),
         (weighting, '_KINDS'),
         (form, '_FORMS'),
         (readers, '_readers'),
+        (sources, '_SOURCES'),
     ):
         monkeypatch.setattr(module, table, dict(getattr(module, table)))
     names = {path.stem.removeprefix('own_'): path.stem for path in EXTENDING.glob('own_*.py')}

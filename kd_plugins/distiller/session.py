@@ -278,7 +278,8 @@ class Session(Apart):
             notes.append('all weights are 0: the run is the plain one')
         elif all(abs(row.value) < EQUAL for row in rows):
             notes.append('student and teacher are equal so far: only what the labels change will be held back')
-        besides = {words for (side, *_), found in batch.read.items() if side == 'student' for words in found.besides}
+        ours = [found for (side, *_), found in batch.read.items() if side == 'student']
+        besides = {words for found in ours for words in found.besides} - {found.name for found in ours}
         if besides:
             notes.append(f'not taught: {", ".join(sorted(besides))}')
         return notes

@@ -114,7 +114,8 @@ class Form:
 
     @property
     def besides(self) -> tuple[str, ...]:
-        """What the head predicts besides that is not in here, in words, for the summary."""
+        """What the head predicts besides that is not in here, in words, for the summary; there it is left out where a
+        form of that name is taught."""
         return ()
 
     def describe(self) -> str:

@@ -30,7 +30,7 @@ class RunOptions:
         alpha: Balance in [0, 1]: while KD is on, ``alpha`` times the KD losses and ``1 - alpha`` times the student's
             own. None: the student's own losses stay as they are, and the terms' weights say it all.
         class_map: The teacher's name for a class of the student, ``{student name: teacher name}``, where they differ.
-        imports: Modules of the user's own losses, adapters, readers and schedules.
+        imports: Modules of the user's own losses, adapters, forms, schedules, weightings and kinds of teachers.
     """
 
     teachers: Mapping[str, Any]
@@ -57,6 +57,8 @@ class RunOptions:
             raise DistillError(f'{where} must be dict(teacher=..., terms=...), got {options!r}.')
         check_keys(options, KEYS, where)
         options = {k: v for k, v in options.items() if v is not None}
+        # First: whatever is looked up from here on may be one of these modules'.
+        resolver_of(options.get('imports'))
         if options.get('recipe'):
             from kd_plugins.recipes import load_recipe
 

@@ -1,5 +1,6 @@
 """A user's files of tests/unit/extending inside Ultralytics' trainer, named by the option ``imports``."""
 
+import importlib
 import pickle
 
 import pytest
@@ -56,6 +57,41 @@ def test_a_schedule_of_a_short_option_and_a_loss(tmp_path, own_files, weights):
     assert found['train/kdcls_loss'][0] > 0 and found['train/kdmin_loss'][0] > 0
     kept = (run / 'kd.yaml').read_text()
     assert 'halving' in kept and 'own_schedule' in kept
+
+
+@pytest.mark.parametrize('head', ['Pose', 'Pose26'])
+def test_a_form_that_none_of_ours_covers(tmp_path, own_files, monkeypatch, caplog, head):
+    """The keypoints of pose models, of either branch of an end-to-end one, beside our own term on the same head."""
+    two = head == 'Pose26'
+    for name, width in (('student', 16), ('teacher', 32)):
+        options = 'end2end: True\nreg_max: 1' if two else ''
+        (tmp_path / f'{name}-pose.yaml').write_text(POSE.format(width=width, head=head, options=options))
+    tap = 'head.one2one' if two else 'head'
+    callback = DistillCallback(
+        save_teacher(tmp_path / 'teacher.pt', str(tmp_path / 'teacher-pose.yaml')),
+        cls=1.0,
+        terms=dict(points=dict(loss=dict(type='KeypointLoss'), student=tap, teacher=tap)),
+        imports=[own_files['keypoints']],
+    )
+    loss, values = importlib.import_module(own_files['keypoints']).KeypointLoss, []
+    forward = loss.forward
+
+    def watched(self, student, teacher):
+        value = forward(self, student, teacher)
+        values.append((value.requires_grad, student.offsets.shape[1], value.item()))
+        return value
+
+    monkeypatch.setattr(loss, 'forward', watched)
+    caplog.set_level('INFO', logger='ultralytics')
+    model = new_model(str(tmp_path / 'student-pose.yaml'))
+    callback.register(model)
+    run = train(model, write_data(tmp_path / 'data', images=4, task='pose'), tmp_path)
+    # The first is that of the check: without a gradient.
+    assert [v[:2] for v in values] == [(False, 6), (True, 6)] and values[1][2] > 0
+    (summary,) = (text for r in caplog.records if 'distillation is ON' in (text := r.getMessage()))
+    assert 'KeypointLoss' in summary and 'not taught' not in summary
+    found = results(run)
+    assert found['train/kdpoi_loss'][0] > 0 and found['train/kdcls_loss'][0] > 0
 
 
 @pytest.mark.parametrize(

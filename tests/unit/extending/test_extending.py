@@ -11,8 +11,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.losses import kl_div
 from kd_plugins.predictions import ClassLogits, Form, form, readable
 from kd_plugins.predictions.pixels import PixelPredictions
-from kd_plugins.teachers import FrozenTeacher
-from kd_plugins.teachers.run import RunOptions, open_session
+from kd_plugins.teachers import ULTRALYTICS, FrozenTeacher
+from kd_plugins.teachers.run import RunOptions, load_teachers, open_session
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
@@ -119,6 +119,41 @@ def test_a_sample_weighting(own_files):
     assert value == pytest.approx(sum(weighted) / 2, rel=1e-4) and gradient.abs().sum() > 0
 
 
+def test_a_teacher(own_files, tmp_path):
+    """A kind that the ``teacher`` mapping of every zoo then knows."""
+    matrices = [torch.randn(5, IMAGES[0].numel(), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    files = [str(tmp_path / f'{i}.pth') for i in range(2)]
+    for matrix, file in zip(matrices, files, strict=True):
+        torch.save(dict(weight=matrix), file)
+    given = dict(teacher=dict(linear=files), terms=dict(mine=LOGITS), imports=[own_files['teacher']])
+    options, student = RunOptions.read(given), Net(0)
+    teachers, notes = load_teachers(options.teachers, student, Host(), ULTRALYTICS)
+    session = open_session(student, teachers, options, Host())
+    session.check(IMAGES)
+    value, gradient = value_of(session, student)
+    expected = kl_div(student(IMAGES)[0], IMAGES.flatten(1) @ (sum(matrices) / 2).T, temperature=2.0)
+    assert value == pytest.approx(expected.item(), rel=1e-4) and gradient.abs().sum() > 0
+    assert notes == ['the mean of 2']
+
+
+@pytest.mark.parametrize(
+    'teacher, words',
+    [
+        (dict(linear='one.pth'), r"teacher\.linear must be a list of files, got 'one\.pth'"),
+        (dict(linear=[], checkpoint='x'), "teacher has no option 'checkpoint'"),
+        (
+            dict(linaer=[]),
+            r"teacher must be one of .*dict\(linear=\['one\.pth', 'other\.pth'\]\); got the keys \['linaer'\]",
+        ),
+    ],
+)
+def test_near_misses_of_a_teacher(own_files, teacher, words):
+    options = RunOptions.read(dict(teacher=teacher, terms=dict(mine=LOGITS), imports=[own_files['teacher']]))
+    with pytest.raises(DistillError, match=words) as caught:
+        load_teachers(options.teachers, Net(0), Host(), ULTRALYTICS)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize('stride', [1, 2])
 def test_a_form(own_files, stride):
     """With its reader and its loss; a teacher of another grid is brought to the student's."""
@@ -152,6 +187,7 @@ def test_a_form_gets_full_precision_and_weights_per_image(own_files):
 
 def test_a_users_reader_is_asked_before_our_reason_for_having_none(own_files):
     """Ours says of mmseg's depth head that it predicts no classes."""
+    pytest.importorskip('mmengine')
     import kd_plugins.mm.segmentation_heads  # noqa: F401
 
     head = type('VPDDepthHead', (nn.Module,), {'__module__': 'mmseg.models'})()
