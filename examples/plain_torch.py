@@ -1,26 +1,35 @@
 """Distillation in a training loop of your own: the engine of kd_plugins without any zoo.
 
-    python examples/plain_torch.py
+    python examples/plain_torch.py          # scored on the validation images: choose everything with these
+    python examples/plain_torch.py --test   # scored on the test images
 
-A large network that was trained on handwritten digits teaches a small one: logits, and through a trained adapter
-features. What a framework's host does for its users (hook, callback) is the dozen lines marked with (KD) here.
+A network that was trained on 897 handwritten digits teaches a small one that has 50 of them: logits, and through a
+trained adapter features. What a framework's host does for its users (hook, callback) is what is marked with (KD) here.
 
-It shows the loop, not a gain: the weights below are not tuned, and on so small a task, trained for so short a time, the
-distilled student was worse than the plain one where we looked (15 epochs, 3 seeds: 20, 11 and 22 % against 39, 30 and
-49 %). Measure yours.
+Measured with ``--test --seeds 10``: plain 74.0 ± 4.4 %, distilled 81.4 ± 3.8 % (mean ± standard deviation), better in
+10 of 10 seeds; the teacher has 98.7 %. Network, weights, temperature and number of images were chosen on validation
+images. Little data is what makes it: with ``--labelled 897`` (there, 5 seeds) 94.3 ± 1.4 % plain, 93.5 ± 0.8 distilled.
 """
 
 from __future__ import annotations
 
 import argparse
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kd_plugins.distiller import Host, Position, Session, build_terms
+from kd_plugins.distiller import Host, Position, Session, build_terms, untouched_rng
 from kd_plugins.predictions import ClassLogits
 from kd_plugins.teachers import FrozenTeacher
+
+Data = tuple[Tensor, Tensor]
+
+
+def block(inputs: int, outputs: int) -> nn.Sequential:
+    """Half the size, so many channels."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Net(nn.Module):
@@ -28,21 +37,16 @@ class Net(nn.Module):
 
     def __init__(self, width: int, classes: int = 10) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(),
-        )
-        self.classifier = nn.Linear(2 * width, classes)
+        self.features = nn.Sequential(block(1, width), block(width, 2 * width))
+        self.classifier = nn.Linear(2 * 2 * 2 * width, classes)
         self.logits = ClassLogits(classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.logits(self.classifier(self.features(images).mean((2, 3))))
+        return self.logits(self.classifier(self.features(images).flatten(1)))
 
 
 class Loop(Host):
-    """This loop as the engine sees it. (KD)"""
+    """This loop as the engine sees it: where a batch has its labels, for losses that want them. (KD)"""
 
     def targets(self, inputs: Tensor, samples: Tensor | None) -> Tensor:
         return inputs.new_zeros(len(inputs), dtype=torch.long) if samples is None else samples
@@ -50,30 +54,32 @@ class Loop(Host):
 
 #: What is taught, in the same words as in a config of MMEngine or a kd.yaml of Ultralytics. (KD)
 TERMS = dict(
-    logits=dict(loss=dict(type='KLDivLoss', temperature=4.0), student='logits', teacher='logits'),
-    features=dict(loss=dict(type='CosineFeatureLoss'), student='features', teacher='features', weight=0.5),
+    logits=dict(loss=dict(type='KLDivLoss', temperature=4.0), student='logits', teacher='logits', weight=1.0),
+    features=dict(loss=dict(type='CosineFeatureLoss'), student='features', teacher='features', weight=1.0),
 )
 
 
-def teach(student: Net, teacher: Net, example: Tensor, optimizer: torch.optim.Optimizer) -> Session:
+def teach(student: Net, teacher: Net, images: Tensor, optimizer: torch.optim.Optimizer) -> Session:
     """Open a session: everything that does not fit is refused here. (KD)"""
-    frozen = FrozenTeacher(teacher, lambda net, images, *_: net(images), lambda images, _: images, name='large')
+    # How the teacher is run, and how the student's batch becomes what it expects.
+    frozen = FrozenTeacher(teacher, lambda net, batch, *_: net(batch), lambda batch, _: batch, name='large')
     session = Session(student, frozen, build_terms(TERMS), Loop())
-    session.check(example)
-    session.attach(optimizer)
+    with untouched_rng():
+        session.check(images)
+    session.attach(optimizer)  # the adapters step with it, by an optimizer of their own
     return session
 
 
-def train(net: Net, data: tuple[Tensor, Tensor], epochs: int, teacher: Net | None = None, seed: int = 0) -> None:
+def train(net: Net, data: Data, steps: int, teacher: Net | None = None, seed: int = 0) -> Net:
     """An ordinary training loop; with a teacher, a distilled one."""
     images, labels = data
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     session = None if teacher is None else teach(net, teacher, images[:2], optimizer)
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * (len(images) // 64)
     net.train()
     for step in range(steps):
-        chosen = torch.randint(len(images), (64,), generator=generator)
+        chosen = torch.randint(len(images), (32,), generator=generator)
         batch, target = images[chosen], labels[chosen]
         if session is None:
             loss = cross_entropy(net(batch), target)
@@ -82,49 +88,61 @@ def train(net: Net, data: tuple[Tensor, Tensor], epochs: int, teacher: Net | Non
             with session.capture() as capture:  # (KD)
                 logits = net(batch)
             kd = session.losses(capture, batch, target)  # (KD)
-            loss = cross_entropy(logits, target) + torch.stack([*kd.values()]).sum()
+            loss = cross_entropy(logits, target) + sum(kd.values())
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()  # steps the adapters too
+        optimizer.step()
+        schedule.step()
     if session is not None:
         session.detach()  # (KD)
+    return net
 
 
 @torch.no_grad()
-def accuracy(net: Net, data: tuple[Tensor, Tensor]) -> float:
-    """Share of correct predictions."""
-    return (net.eval()(data[0]).argmax(1) == data[1]).float().mean().item()
+def accuracy(net: Net, data: Data) -> float:
+    """Share of correct predictions, in %."""
+    return 100 * (net.eval()(data[0]).argmax(1) == data[1]).float().mean().item()
 
 
-def digits(labelled: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The 1,797 scans of scikit-learn: some to train on, 600 to test on."""
+def digits() -> tuple[Data, Data, Data]:
+    """The 1,797 scans of scikit-learn: 897 to train on, 300 to choose by, 600 to test on."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)[order] / 16
     targets = torch.tensor(labels)[order]
-    return (pixels[600 : 600 + labelled], targets[600 : 600 + labelled]), (pixels[:600], targets[:600])
+    parts = slice(900, None), slice(600, 900), slice(0, 600)
+    return tuple((pixels[part], targets[part]) for part in parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--epochs', type=int, default=30)
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--labelled', type=int, default=50, help='images that the student is trained on')
+    parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--test', action='store_true', help='score on the test images')
     args = parser.parse_args()
-    training, test = digits(labelled=1197)
+    training, validation, test = digits()
+    scored = test if args.test else validation
+    few = training[0][: args.labelled], training[1][: args.labelled]
     torch.manual_seed(0)
-    teacher = Net(32)
-    train(teacher, training, args.epochs)
-    print(f'teacher                {accuracy(teacher, test):.1%}')
+    teacher = train(Net(32), training, 400)
+    print(f'teacher  {accuracy(teacher, scored):.1f} % of {len(scored[0])} images')
+    results = []
     for seed in range(args.seeds):
         found = []
         for taught_by in (None, teacher):
             torch.manual_seed(seed)
-            student = Net(4)
-            train(student, training, args.epochs, taught_by, seed)
-            found.append(accuracy(student, test))
-        print(f'seed {seed}: plain student  {found[0]:.1%}   distilled {found[1]:.1%}   {found[1] - found[0]:+.1%}')
+            found.append(accuracy(train(Net(4), few, 200, taught_by, seed), scored))
+        results.append((*found, found[1] - found[0]))
+        print('seed {}   plain {:.1f} %   distilled {:.1f} %   {:+.1f}'.format(seed, *results[-1]))
+    if len(results) > 1:
+        from scipy.stats import t  # scikit-learn needs it too
+
+        plain, distilled, gain = ([mean(column), stdev(column)] for column in zip(*results, strict=True))
+        half = t.ppf(0.975, len(results) - 1) * gain[1] / len(results) ** 0.5
+        print('mean     plain {:.1f} ± {:.1f} %   distilled {:.1f} ± {:.1f} %'.format(*plain, *distilled), end='   ')
+        print(f'gain {gain[0]:+.1f} ± {gain[1]:.1f}, 95 % interval {gain[0] - half:+.1f} to {gain[0] + half:+.1f}')
 
 
 if __name__ == '__main__':

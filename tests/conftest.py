@@ -30,6 +30,7 @@ if plots := importlib.util.find_spec('matplotlib'):
 os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(Path(HOME, 'inductor'))
 
 INTEGRATION = Path(__file__).parent / 'integration'
+EXTENDING = Path(__file__).parent / 'unit' / 'extending'
 
 
 def pytest_configure(config):
@@ -88,3 +89,28 @@ def pytest_collection_modifyitems(items):
 
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason='needs -m gpu and a CUDA device'))
+
+
+@pytest.fixture
+def own_files(monkeypatch):
+    """Names of the modules in tests/unit/extending, by what they add; what they register ends with the test."""
+    from kd_plugins.distiller import schedules, weighting
+    from kd_plugins.predictions import form, readers
+    from kd_plugins.teachers import sources, teacher_kind
+
+    teacher_kind({})  # those of the package are registered for good
+    for module, table in (
+        (schedules, '_PARSERS'),
+        (weighting, '_KINDS'),
+        (form, '_FORMS'),
+        (readers, '_readers'),
+        (sources, '_SOURCES'),
+    ):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    names = {path.stem.removeprefix('own_'): path.stem for path in EXTENDING.glob('own_*.py')}
+    monkeypatch.syspath_prepend(EXTENDING)
+    for name in names.values():
+        # Imported, and so registered, anew.
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    return names

@@ -6,11 +6,12 @@ from kd_plugins.distiller.host import Host, Position
 from kd_plugins.distiller.optimizer import AdapterOptimizer
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.rng import untouched_rng
-from kd_plugins.distiller.schedules import Window, build_window
+from kd_plugins.distiller.schedules import Schedule, Window, build_window, register_schedule
 from kd_plugins.distiller.session import CannotRunError, Session
 from kd_plugins.distiller.summary import summary
 from kd_plugins.distiller.taps import Capture, Tap, find_module, map_tensors
-from kd_plugins.distiller.terms import Term, build_terms
+from kd_plugins.distiller.terms import Term, build_terms, resolver_of
+from kd_plugins.distiller.weighting import Weighting, register_weighting
 
 __all__ = [
     'AdapterBank',
@@ -20,15 +21,20 @@ __all__ = [
     'Capture',
     'Host',
     'Position',
+    'Schedule',
     'Session',
     'Tap',
     'Teacher',
     'Term',
+    'Weighting',
     'Window',
     'build_terms',
     'build_window',
     'find_module',
     'map_tensors',
+    'register_schedule',
+    'register_weighting',
+    'resolver_of',
     'summary',
     'untouched_rng',
 ]

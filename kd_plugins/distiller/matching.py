@@ -75,7 +75,8 @@ class Matching:
 
     def by_class(self, term: Term) -> bool:
         """Whether a term compares class by class, so that the classes of both must be matched."""
-        return term.projects or self.form(term) is not None or self._whole_head(term)
+        form = self.form(term)
+        return term.projects or self._whole_head(term) if form is None else form.by_class
 
     def reads(self, term: Term) -> bool:
         """Whether a term compares whole predictions; False: tensors, see `tensors`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.errors import DistillError, check_keys, in_words, nearest
 
 
 class Schedule(Protocol):
@@ -158,7 +158,12 @@ def build_schedule(value: Any, where: str, low: float = 0.0, strict: bool = Fals
     kind = options.pop('type', None)
     if kind not in _PARSERS:
         raise DistillError(f'{where} has no schedule type {kind!r}: {nearest(kind, _PARSERS)}')
-    return _PARSERS[kind](options, where, number)
+    try:
+        return _PARSERS[kind](options, where, number)
+    except DistillError:
+        raise
+    except Exception as error:
+        raise DistillError(f'{where} ({kind} schedule) does not take these options: {in_words(error)}.') from error
 
 
 def _ramp(shape: str) -> Parser:

@@ -56,7 +56,7 @@ class Session(Apart):
         window: In which epochs (iterations in an iteration-based run) KD is on.
         alpha: Balance of the run: ``alpha`` times the KD losses and ``1 - alpha`` times the student's own, while KD is
             on. None: both as they are.
-        resolve: Looks up adapter names that are not ours.
+        resolve: Finds adapters that are not ours.
         pseudo: Which detections of the teachers the host adds to the labels, see :meth:`pseudo_labels`; None: none.
 
     Attributes:
@@ -324,7 +324,8 @@ class Session(Apart):
             notes.append('all weights are 0: the run is the plain one')
         elif all(abs(row.value) < EQUAL for row in rows):
             notes.append('student and teacher are equal so far: only what the labels change will be held back')
-        besides = {words for (side, *_), found in batch.read.items() if side == 'student' for words in found.besides}
+        ours = [found for (side, *_), found in batch.read.items() if side == 'student']
+        besides = {words for found in ours for words in found.besides} - {found.name for found in ours}
         if besides:
             notes.append(f'not taught: {", ".join(sorted(besides))}')
         return notes
@@ -369,6 +370,11 @@ class Session(Apart):
         taught = batch.teachers[term.teacher.owner]
         try:
             whole = self.matching.reads(term)
+            if term.samples is not None and not (whole or term.projects):
+                raise DistillError(
+                    f'samples weighs images by what is predicted for them, and {type(term.loss).__name__} compares '
+                    'tensors here; remove it, or tap whole heads with a loss on predictions or logits.'
+                )
             if not term.always_zero:
                 _refuse_frozen(term, batch.student.maps(term.student))
             if whole:
@@ -629,6 +635,11 @@ class Session(Apart):
             if term.samples is None:
                 return type(student).compare(term.loss, term.declared, student, teacher, batch.target, classes)
             weights = term.samples(student, teacher, batch.target)
+            if tuple(weights.shape) != (len(student.source),):
+                raise DistillError(
+                    f'{type(term.samples).__name__} must return one weight per image, ({len(student.source)},), got '
+                    f'{tuple(weights.shape)}.'
+                )
             values = [
                 type(student).compare(
                     term.loss,

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,45 @@ TERM_KEYS = (
     'samples',
 )
 AUTO_OPTIONS = ('norm', 'prefix_tokens')
-Resolver = Callable[[str], Callable[..., nn.Module] | None]
+#: Finds what builds a module, by name; None where the name is unknown.
+Lookup = Callable[[str], Callable[..., nn.Module] | None]
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Finds losses and adapters that are not ours.
+
+    Args:
+        modules: The user's own.
+        more: Asked for names that are in none of them.
+    """
+
+    modules: tuple[ModuleType, ...] = ()
+    more: Lookup | None = None
+
+    def __call__(self, name: str) -> Callable[..., nn.Module] | None:
+        """What builds the module of this name, None if it is unknown."""
+        found = self.own(name)
+        return self.more(name) if found is None and self.more is not None else found
+
+    def own(self, name: str) -> Callable[..., nn.Module] | None:
+        """The same in the user's modules alone; ``'Name'`` or ``'module.Name'``."""
+        short = name.rpartition('.')[2]
+        for module in self.modules:
+            if short in vars(module) and name in (short, f'{module.__name__}.{short}'):
+                return vars(module)[short]
+        return None
+
+    def names(self) -> list[str]:
+        """What the user's modules define, to be suggested for misspelt names; not what they import."""
+        return [
+            name
+            for module in self.modules
+            for name, value in vars(module).items()
+            if inspect.isclass(value)
+            and issubclass(value, nn.Module)
+            and value.__module__.partition('.')[0] == module.__name__.partition('.')[0]
+        ]
 
 
 @dataclass
@@ -112,20 +151,18 @@ def _parts(adapter: Any) -> Sequence[Any]:
     return adapter if isinstance(adapter, (list, tuple)) else (adapter,)
 
 
-def resolver_of(imports: Any, more: Resolver | None = None) -> Resolver | None:
+def resolver_of(imports: Any, more: Lookup | None = None) -> Resolver:
     """Finds losses and adapters of a user's own modules.
 
     Args:
-        imports: Names of modules, ``['my_package.losses']``; importing them may also register readers, schedules and
-            the like.
+        imports: Names of modules, ``['my_package.losses']``; importing them may also register forms, readers, schedules
+            and the like.
         more: Asked for names that are in none of them.
 
     Raises:
         DistillError: A module cannot be imported.
     """
-    if not imports:
-        return more
-    names = [imports] if isinstance(imports, str) else imports
+    names = [imports] if isinstance(imports, str) else imports or ()
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise DistillError(f"imports must be a list of module names, e.g. ['my_package.losses'], got {imports!r}.")
     found = []
@@ -134,15 +171,7 @@ def resolver_of(imports: Any, more: Resolver | None = None) -> Resolver | None:
             found.append(importlib.import_module(name))
         except Exception as error:
             raise DistillError(f'imports: {name!r} cannot be imported ({in_words(error)}).') from error
-
-    def resolve(name: str) -> Callable[..., nn.Module] | None:
-        short = name.rpartition('.')[2]
-        for module in found:
-            if short in vars(module) and name in (short, f'{module.__name__}.{short}'):
-                return vars(module)[short]
-        return more(name) if more is not None else None
-
-    return resolve
+    return Resolver(tuple(found), more)
 
 
 def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Resolver | None = None) -> nn.Module:
@@ -153,23 +182,30 @@ def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Resolver
         package: Module whose ``__all__`` lists the names that resolve first.
         where: What it is, for error messages.
         kind: ``'loss'`` or ``'adapter'``.
-        resolve: Looks a name up in the framework's registries; returns None when it is unknown.
+        resolve: Finds what is not in the package. Default: nothing.
 
     Raises:
-        DistillError: No such name, unknown options or refused values.
+        DistillError: No such name, one that means two things, unknown options or refused values.
     """
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise DistillError(f"{where} must be dict(type='...', ...), got {cfg!r}.")
     options = dict(cfg)
     name = options.pop('type')
     known = [n for n in package.__all__ if inspect.isclass(getattr(package, n))]
+    resolve = Resolver() if resolve is None else resolve
     if not isinstance(name, str):
         factory: Any = name
     else:
         short = name.split('.')[-1] if name.startswith('kd_plugins.') else name
-        factory = getattr(package, short) if short in known else (resolve(name) if resolve else None)
+        factory = getattr(package, short) if short in known else resolve(name)
+        own = resolve.own(name) if short in known else None
+        if own not in (None, factory):
+            raise DistillError(
+                f"{where}: {name!r} is a {kind} of kd_plugins and of {own.__module__!r}; write 'kd_plugins.{name}' or "
+                f"'{own.__module__}.{name}'."
+            )
     if factory is None:
-        raise DistillError(f'{where}: there is no {kind} {name!r}; {nearest(name, known)}')
+        raise DistillError(f'{where}: there is no {kind} {name!r}; {nearest(name, [*known, *resolve.names()])}')
     accepted: Mapping[str, inspect.Parameter]
     try:
         accepted = inspect.signature(factory).parameters
@@ -190,7 +226,7 @@ def build_terms(cfg: Any, resolve: Resolver | None = None) -> dict[str, Term]:
 
     Args:
         cfg: Mapping of name to term.
-        resolve: Looks up loss names that are not ours.
+        resolve: Finds losses that are not ours.
 
     Returns:
         The terms in order.

@@ -13,9 +13,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, summary, untouched_rng
+from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, resolver_of, summary, untouched_rng
 from kd_plugins.distiller.summary import classes_text, schedule_text
-from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
@@ -63,7 +62,7 @@ class DistillHook(Hook):
         alpha: Balance in [0, 1]: while KD is on, ``alpha`` times the KD losses and ``1 - alpha`` times the model's own.
             None: the model's own losses stay as they are, and the terms' weights say it all.
         class_map: ``{student name: teacher name}`` where classes have other names.
-        imports: Modules of your own losses and the like.
+        imports: Modules of your own losses, forms, schedules and the like.
         pseudo_labels: Lowest score, or ``dict(score=0.4, iou=0.7, nms=0.65)``, of what the teacher detects to become a
             label where there is none, while KD is on. None: labels stay as they are.
         pixel_format: ``dict(mean=, std=, rgb=, pad=)`` of the student's batches, where it cannot be established.

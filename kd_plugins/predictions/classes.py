@@ -58,7 +58,7 @@ class ClassPredictions(Form):
         return f'{self.num_classes} classes'
 
     def made_of(self, tensor: Tensor) -> bool:
-        return tensor.shape == self.logits.shape and torch.equal(tensor, self.logits)
+        return tensor.shape == self.logits.shape and torch.equal(tensor.to(self.logits.dtype), self.logits)
 
     @classmethod
     def align(

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.losses.base import Declaration
+from kd_plugins.losses._common import as_full
+from kd_plugins.losses.base import CONSUMES, Declaration
 
 #: ``(student_index, teacher_index)`` of the classes that are compared; None: all, in the same order.
 Classes = tuple[Sequence[int], Sequence[int]] | None
@@ -29,6 +30,7 @@ class Form:
         head: What heads of this form are called in messages, e.g. ``'detection'``.
         decoding: Methods that give a head's outputs their meaning: a class that overrides one between the head and the
             class that a reader was written for has outputs that the reader would misread.
+        by_class: Whether two of them are compared class by class, so that the classes of both must be matched.
         has_class_logits: Whether losses on logits compare it, by its class logits.
         as_maps: Whether losses on features compare it, by `maps`, class by class.
         unbatched: Fields whose tensors are the same for all images.
@@ -39,6 +41,7 @@ class Form:
     name: ClassVar[str]
     head: ClassVar[str]
     decoding: ClassVar[tuple[str, ...]] = ()
+    by_class: ClassVar[bool] = True
     has_class_logits: ClassVar[bool] = False
     as_maps: ClassVar[bool] = False
     unbatched: ClassVar[tuple[str, ...]] = ()
@@ -47,6 +50,10 @@ class Form:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        known = _FORMS.get(cls.name)
+        # The same class once more is a module that was imported again.
+        if cls.name in CONSUMES or (known is not None and _path(known) != _path(cls)):
+            raise DistillError(f'{_path(cls)}: the name {cls.name!r} of a form is taken; give it another one.')
         _FORMS[cls.name] = cls
 
     @classmethod
@@ -73,7 +80,7 @@ class Form:
         target: Tensor | None = None,
         classes: Classes = None,
     ) -> Tensor:
-        """What a loss says of two aligned predictions.
+        """What a loss says of two aligned predictions; as it stands here, one that is written for this form.
 
         Args:
             loss: The loss.
@@ -89,7 +96,7 @@ class Form:
         Raises:
             DistillError: The loss does not suit these heads.
         """
-        raise NotImplementedError
+        return loss(student, teacher, target) if declared.needs_target else loss(student, teacher)
 
     @classmethod
     def needs_labels(cls, classes: Classes) -> bool:
@@ -107,7 +114,8 @@ class Form:
 
     @property
     def besides(self) -> tuple[str, ...]:
-        """What the head predicts besides that is not in here, in words, for the summary."""
+        """What the head predicts besides that is not in here, in words, for the summary; there it is left out where a
+        form of that name is taught."""
         return ()
 
     def describe(self) -> str:
@@ -124,8 +132,11 @@ class Form:
         return False
 
     def full(self: F) -> F:
-        """In float32 (float64 stays) where the losses do not see to that themselves."""
-        return self
+        """In float32 (float64 stays); itself, where the losses see to that."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {n: v for n, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        changes = {n: cast for n, v in tensors.items() if (cast := as_full(v)) is not v}
+        return self.replace(**changes) if changes else self
 
     def image(self: F, index: int) -> F:
         """The predictions for one image, as a batch of one."""
@@ -141,6 +152,10 @@ class Form:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changes = {n: v.detach() for n, v in found.items() if isinstance(v, Tensor) and v.requires_grad}
         return self.replace(**changes) if changes else self
+
+
+def _path(form: type[Form]) -> str:
+    return f'{form.__module__}.{form.__qualname__}'
 
 
 def forms() -> tuple[type[Form], ...]:

@@ -80,6 +80,10 @@ class PixelPredictions(Form):
     def describe(self) -> str:
         return f'{self.num_classes} classes, ' + 'x'.join(map(str, self.logits.shape[1:]))
 
+    def full(self) -> PixelPredictions:
+        # Losses work through maps of this size in pieces, and cast those.
+        return self
+
     def made_of(self, tensor: Tensor) -> bool:
         return tensor.shape == self.logits.shape and torch.equal(tensor, self.logits)
 

@@ -96,14 +96,15 @@ def find_reader(head: nn.Module, form: type[Form] = DensePredictions) -> Reader:
     name = type(head).__name__
     override: str | None = None
     for cls in type(head).__mro__:
-        reason = _lookup(_unreadable, cls)
-        if reason is not None:
-            raise DistillError(f'Predictions of {name} cannot be read: {reason}')
         reader = _lookup(_readers.get(form, {}), cls)
         if reader is not None:
             if override is None:
                 return reader
             raise _refusal(name, form, f'{override} makes its outputs mean something else than those of {cls.__name__}')
+        # After the reader: what has none of ours may have one of a user's.
+        reason = _lookup(_unreadable, cls)
+        if reason is not None:
+            raise DistillError(f'Predictions of {name} cannot be read: {reason}')
         if override is None:
             own = [m for m in form.decoding if m in vars(cls)]
             if own:

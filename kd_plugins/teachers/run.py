@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
-from kd_plugins.distiller.terms import Resolver, resolver_of
+from kd_plugins.distiller.terms import Lookup, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import Classes, match_classes
 from kd_plugins.teachers.pixels import PixelFormat
@@ -31,7 +31,7 @@ class RunOptions:
         alpha: Balance in [0, 1]: while KD is on, ``alpha`` times the KD losses and ``1 - alpha`` times the student's
             own. None: the student's own losses stay as they are, and the terms' weights say it all.
         class_map: The teacher's name for a class of the student, ``{student name: teacher name}``, where they differ.
-        imports: Modules of the user's own losses, adapters, readers and schedules.
+        imports: Modules of the user's own losses, adapters, forms, schedules, weightings and kinds of teachers.
         pseudo_labels: Which detections of the teachers become labels; None: none.
     """
 
@@ -60,6 +60,8 @@ class RunOptions:
             raise DistillError(f'{where} must be dict(teacher=..., terms=...), got {options!r}.')
         check_keys(options, KEYS, where)
         options = {k: v for k, v in options.items() if v is not None}
+        # First: whatever is looked up from here on may be one of these modules'.
+        resolver_of(options.get('imports'))
         if options.get('recipe'):
             from kd_plugins.recipes import load_recipe
 
@@ -138,7 +140,7 @@ def open_session(
     teachers: Mapping[str, Teacher],
     options: RunOptions,
     host: Host,
-    resolve: Resolver | None = None,
+    more: Lookup | None = None,
 ) -> Session:
     """The session of a run; classes are paired by :func:`pair_classes` afterwards.
 
@@ -147,12 +149,12 @@ def open_session(
         teachers: The loaded teachers.
         options: What the run is told.
         host: The framework.
-        resolve: Looks up losses and adapters that are in no module of ``imports``.
+        more: Finds losses and adapters that are in no module of ``imports``.
 
     Raises:
         DistillError: A term is misspelt, or names what does not exist.
     """
-    resolve = resolver_of(options.imports, resolve)
+    resolve = resolver_of(options.imports, more)
     terms = build_terms(options.terms, resolve)
     return Session(
         student,

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from kd_plugins.distiller import Position, Session, build_terms, find_module, summary, untouched_rng
+from kd_plugins.distiller import Position, Session, build_terms, find_module, resolver_of, summary, untouched_rng
 from kd_plugins.distiller.summary import classes_text, schedule_text
-from kd_plugins.distiller.terms import resolver_of
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source

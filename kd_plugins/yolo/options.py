@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd_plugins.distiller import resolver_of
 from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.pseudo import PseudoLabels
@@ -66,7 +67,7 @@ class DistillOptions:
             ``model.<layer>``. The options ``cls`` to ``feature`` are short for such terms; beside ``terms`` or a
             ``recipe`` only those that are given count, and for a term of that name in ``terms`` they are its weight.
         recipe: Name (or file) of a recipe whose terms are taken: ``cwd``, ``pkd``, ``mgd``, ``cosine``, ...
-        imports: Modules of your own losses, ``[my_package.losses]``.
+        imports: Modules of your own losses, forms, schedules and the like, ``[my_package.losses]``.
         alpha: Balance in [0, 1]: alpha x the KD losses + (1 - alpha) x the task loss while KD is on. None: both as
             they are.
         cls: Weight of the class term. Default None: 1.
@@ -127,6 +128,8 @@ class DistillOptions:
     trusted: bool = False
 
     def __post_init__(self) -> None:
+        # First: a schedule may be one of these modules'.
+        resolver_of(self.imports)
         if self.teachers is not None:
             self._check_teachers()
         elif not isinstance(self.teacher, (str, Mapping)) or self.teacher == '':

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Tap, untouched_rng
 from kd_plugins.errors import DistillError, in_words, nearest, shown
-from kd_plugins.predictions import Form, MaskPredictions
+from kd_plugins.predictions import DensePredictions, Form
 from kd_plugins.teachers import ULTRALYTICS, FrozenTeacher, Padding, PixelFormat, Renormalize, Resized
 from kd_plugins.yolo.heads import (
     BRANCHES,
@@ -188,12 +188,13 @@ class UltralyticsTeacher(FrozenTeacher):
             capture.put(self.head, cut, calls[0].training)
 
     def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
-        """Compute the branches of the head that are tapped, and masks where they are compared."""
+        """Compute the branches of the head that are tapped: boxes and classes, or all that the head has where another
+        form than detections is compared."""
         if is_classifier(self.model):
             return
         taps = [(tap, form) for tap, form in needs if tap.module == self.head]
         branches = tuple(dict.fromkeys(tap.part for tap, _ in taps if tap.part)) or BRANCHES[:1]
-        _run_raw(head_of(self.model), branches, any(form is MaskPredictions for _, form in taps))
+        _run_raw(head_of(self.model), branches, any(form not in (None, DensePredictions) for _, form in taps))
 
 
 def load_teacher(
@@ -277,7 +278,7 @@ def crop_levels(raw: Any, sizes: Sequence[tuple[int, int]], strides: Sequence[fl
     """Cut the cells that padding added off every level of raw predictions.
 
     Args:
-        raw: ``{boxes (B, 4R, A), scores (B, nc, A), feats}``.
+        raw: ``{boxes (B, 4R, A), scores (B, nc, A), feats}``, and whatever else the head says of its ``A`` positions.
         sizes: ``(h, w)`` of every level of ``raw``.
         strides: Stride of every level.
         wanted: ``(h, w)`` by stride; levels of other strides stay.
@@ -295,7 +296,7 @@ def crop_levels(raw: Any, sizes: Sequence[tuple[int, int]], strides: Sequence[fl
         return torch.cat(levels, 2)
 
     feats = [f[..., :h, :w] for f, (h, w) in zip(raw['feats'], target, strict=True)]
-    flat = {k: cut(raw[k]) for k in ('boxes', 'scores', 'mask_coefficient') if k in raw}
+    flat = {k: cut(v) for k, v in raw.items() if isinstance(v, Tensor) and v.shape[2:] == (sum(lengths),)}
     return {**raw, **flat, 'feats': feats}
 
 
@@ -315,11 +316,17 @@ def _refuse_unknown(head: nn.Module) -> None:
         )
 
 
-def _run_raw(head: nn.Module, branches: tuple[str, ...], masks: bool) -> None:
-    """Let this private copy of a head return its raw predictions, without decoding, top-k or keypoints."""
+def _run_raw(head: nn.Module, branches: tuple[str, ...], whole: bool) -> None:
+    """Let this private copy of a head return its raw predictions, without decoding or top-k.
+
+    Args:
+        head: The head.
+        branches: Which of its branches, as far as it has them.
+        whole: Whether masks, keypoints and angles are computed too.
+    """
     have = [b for b in BRANCHES if _has_branch(head, b)]
     wanted = [b for b in branches if b in have] or have[:1]
-    head.forward = functools.partial(_raw_forward, head, tuple(wanted), masks)
+    head.forward = functools.partial(_raw_forward, head, tuple(wanted), whole)
 
 
 def _has_branch(head: nn.Module, branch: str) -> bool:
@@ -331,19 +338,14 @@ def _keep() -> None:
     """Instead of the head's ``fuse``."""
 
 
-def _raw_forward(head: nn.Module, branches: tuple[str, ...], masks: bool, x: list[Tensor]) -> dict[str, Any]:
-    wanted = ('box_head', 'cls_head', *(['mask_head'] if masks else []))
-    extra = {'proto': _prototypes(head, x)} if masks else {}
+def _raw_forward(head: nn.Module, branches: tuple[str, ...], whole: bool, x: list[Tensor]) -> dict[str, Any]:
+    extra = {'proto': _prototypes(head, x)} if whole and hasattr(head, 'proto') else {}
     result = {}
     for branch in branches:
         # Mask, keypoint and angle layers that are not distilled: without them `forward_head` skips their part.
-        parts = {k: v if k in wanted else None for k, v in getattr(head, branch).items()}
-        raw = head.forward_head(x, **parts)
-        # Without channels they still tell the size of the levels, and cost nothing to record.
-        found = {'boxes': raw['boxes'], 'scores': raw['scores'], 'feats': [f[:, :0] for f in x], **extra}
-        if masks:
-            found['mask_coefficient'] = raw['mask_coefficient']
-        result[branch] = found
+        parts = {k: v if whole or k in ('box_head', 'cls_head') else None for k, v in getattr(head, branch).items()}
+        # Levels without channels still tell their size, and cost nothing to record.
+        result[branch] = {**head.forward_head(x, **parts), 'feats': [f[:, :0] for f in x], **extra}
     return result
 
 

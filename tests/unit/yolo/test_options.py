@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from kd_plugins.distiller import build_terms
-from kd_plugins.distiller.terms import resolver_of
+from kd_plugins.distiller import build_terms, resolver_of
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import (
     AutoBoxLoss,

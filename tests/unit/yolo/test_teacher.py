@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from kd_plugins.distiller import Tap
+from kd_plugins.distiller import Tap, resolver_of
 from kd_plugins.errors import DistillError
-from kd_plugins.predictions import DensePredictions, MaskPredictions, read
+from kd_plugins.predictions import DensePredictions, MaskPredictions, form_named, read
 from kd_plugins.teachers import find_source
 from kd_plugins.yolo import DistillCallback
 from kd_plugins.yolo.heads import head_of, head_path, is_end_to_end, select_branch
@@ -85,6 +85,27 @@ def test_what_is_asked_for_is_computed(teacher_file, image):
     found = output(expecting(path, 'one2one', form=MaskPredictions), image)
     assert set(found) == {'one2one'} and {'mask_coefficient', 'proto'} < set(found['one2one'])
     assert set(output(expecting(path, 'one2many', 'one2one'), image)) == {'one2many', 'one2one'}
+
+
+@pytest.mark.parametrize('cfg', ['yolo11n-pose.yaml', 'yolo26n-pose.yaml'])
+def test_a_users_form_is_given_all_that_the_head_has(teacher_file, image, own_files, cfg):
+    """What it reads of it is the user's affair; keypoints are in none of our forms."""
+    path, _ = teacher_file(cfg), resolver_of([own_files['keypoints']])
+    found = output(expecting(path, 'one2many', form=form_named('keypoints')), image)
+    ours, theirs = (select_branch(raw)['kpts'] for raw in (found, reference(path, image)))
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+    assert 'kpts' not in output(expecting(path, 'one2many'), image)['one2many']
+
+
+def test_what_padding_added_is_cut_off_whatever_a_position_has():
+    """Two levels of 2x2 and 1x1 cells that become 1x2 and 1x1."""
+    raw = dict(
+        boxes=torch.arange(5.0).view(1, 1, 5), kpts=torch.arange(10.0).view(1, 2, 5), proto=torch.zeros(1, 3, 5, 5)
+    )
+    raw['feats'] = [torch.zeros(1, 0, 2, 2), torch.zeros(1, 0, 1, 1)]
+    cut = crop_levels(raw, [(2, 2), (1, 1)], [8, 16], {8: (1, 2)})
+    assert cut['boxes'].tolist() == [[[0, 1, 4]]] and cut['kpts'].tolist() == [[[0, 1, 4], [5, 6, 9]]]
+    assert cut['proto'] is raw['proto'] and cut['feats'][0].shape == (1, 0, 1, 2)
 
 
 def test_features_are_the_layers_before_the_head(teacher_file, image):
