@@ -90,21 +90,14 @@ class TimmClassifier(BaseModel):
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
-            raise DistillError(f'model.label_smoothing must be a number in [0, 1), got {label_smoothing!r}.')
-        if not isinstance(multi_label, bool):
-            raise DistillError(f'model.multi_label must be True or False, got {multi_label!r}.')
+        _check_labelling(label_smoothing, multi_label)
         check_prefix(checkpoint_prefix, 'model.checkpoint')
         fixed = dict(num_classes=num_classes, in_chans=in_chans, input_size=input_size)
         net, self.model_name = _network(model, fixed, pretrained, options)
         data = data_config(net)
-        for key, values in (('mean', mean), ('std', std)):
+        if isinstance(model, str):
             # Of modules nobody knows how many channels they take.
-            if isinstance(model, str) and isinstance(values, (tuple, list)) and len(values) != len(data.mean):
-                raise DistillError(
-                    f'model.{key} must be {len(data.mean)} number(s), one for each channel of the images, got '
-                    f'{values!r}.'
-                )
+            _check_per_channel(len(data.mean), mean=mean, std=std)
         number = num_classes if num_classes is not None else getattr(net, 'num_classes', None)
         if data_preprocessor is None:
             data_preprocessor = ClassifierPreprocessor(
@@ -130,11 +123,7 @@ class TimmClassifier(BaseModel):
         #: Whether the heads learn from different teachers in the next forward; set by `DistillHook`.
         self.separate_heads = False
         self.criterion = build_criterion(loss, label_smoothing, multi_label, mixup is not None)
-        if any(True for _ in self.criterion.parameters()):
-            raise DistillError(
-                f'model.loss {type(self.criterion).__name__} has trainable parameters, which have no place in a timm '
-                'checkpoint; take a loss without.'
-            )
+        _refuse_trainable(self.criterion)
         check_labels(self.criterion, number, multi_label, mixup is not None)
         self._frozen = self._freeze(freeze)
         self._register_state_dict_hook(without_prefix)
@@ -220,6 +209,29 @@ class TimmClassifier(BaseModel):
         if not any(p.requires_grad for p in self.net.parameters()):
             raise DistillError(f'freeze={list(paths)!r} leaves nothing to train.')
         return modules
+
+
+def _check_labelling(label_smoothing: Any, multi_label: Any) -> None:
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
+        raise DistillError(f'model.label_smoothing must be a number in [0, 1), got {label_smoothing!r}.')
+    if not isinstance(multi_label, bool):
+        raise DistillError(f'model.multi_label must be True or False, got {multi_label!r}.')
+
+
+def _check_per_channel(channels: int, **options: Any) -> None:
+    for key, values in options.items():
+        if isinstance(values, (tuple, list)) and len(values) != channels:
+            raise DistillError(
+                f'model.{key} must be {channels} number(s), one for each channel of the images, got {values!r}.'
+            )
+
+
+def _refuse_trainable(criterion: nn.Module) -> None:
+    if any(True for _ in criterion.parameters()):
+        raise DistillError(
+            f'model.loss {type(criterion).__name__} has trainable parameters, which have no place in a timm '
+            'checkpoint; take a loss without.'
+        )
 
 
 def _network(

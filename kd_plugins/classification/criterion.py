@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,36 +36,7 @@ def build_criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool)
                 f'model.label_smoothing={smoothing} does not reach a loss that is written as dict(type=...); write it '
                 'in that dict, or leave loss out.'
             )
-        options = {
-            k: torch.tensor(v) if k in ('weight', 'pos_weight') and isinstance(v, (list, tuple)) else v
-            for k, v in loss.items()
-        }
-        name = options.pop('type', None)
-        factory = getattr(timm.loss, str(name), None) or getattr(nn, str(name), None) if isinstance(name, str) else name
-        if isinstance(name, str) and factory is None:
-            with ROOT_MODELS.switch_scope_and_registry(None) as registry:
-                factory = registry.get(name)
-        if factory is None:
-            known = [n for m in (timm.loss, nn) for n, c in vars(m).items() if inspect.isclass(c) and _is_loss(m, n)]
-            raise DistillError(f'model.loss: there is no loss {name!r}; {nearest(str(name), known)}')
-        if mixes and type_name(name) == 'LabelSmoothingCrossEntropy':
-            raise DistillError(
-                'model.loss LabelSmoothingCrossEntropy takes class numbers, but mixup makes soft labels; leave loss '
-                'out and write label_smoothing in the model.'
-            )
-        if type_name(name) == 'JsdCrossEntropy':
-            raise DistillError(
-                'model.loss JsdCrossEntropy compares several augmentations of each image (the splits of AugMix), which '
-                'the data sets here do not make; leave loss out.'
-            )
-        taken = inspect.signature(factory).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-            check_keys(options, taken, f'model.loss ({name})')
-        try:
-            return factory(**options)
-        except Exception as error:  # assertions without a text: timm checks little
-            given = ', '.join(f'{k}={v!r}' for k, v in options.items())
-            raise DistillError(f'model.loss: {name}({given}) is refused: {in_words(error)}.') from error
+        return _configured(loss, mixes)
     if loss not in ('ce', 'bce'):
         raise DistillError(f"model.loss must be 'ce', 'bce' or dict(type=...), got {loss!r}.")
     if multi_label or loss == 'bce':
@@ -77,6 +48,48 @@ def build_criterion(loss: Any, smoothing: float, multi_label: bool, mixes: bool)
     if smoothing:
         return timm.loss.LabelSmoothingCrossEntropy(smoothing)
     return nn.CrossEntropyLoss()
+
+
+def _configured(loss: Mapping[str, Any], mixes: bool) -> nn.Module:
+    """The loss that a config names."""
+    options = {
+        k: torch.tensor(v) if k in ('weight', 'pos_weight') and isinstance(v, (list, tuple)) else v
+        for k, v in loss.items()
+    }
+    name = options.pop('type', None)
+    factory = _find_loss(name)
+    if mixes and type_name(name) == 'LabelSmoothingCrossEntropy':
+        raise DistillError(
+            'model.loss LabelSmoothingCrossEntropy takes class numbers, but mixup makes soft labels; leave loss out '
+            'and write label_smoothing in the model.'
+        )
+    if type_name(name) == 'JsdCrossEntropy':
+        raise DistillError(
+            'model.loss JsdCrossEntropy compares several augmentations of each image (the splits of AugMix), which '
+            'the data sets here do not make; leave loss out.'
+        )
+    taken = inspect.signature(factory).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        check_keys(options, taken, f'model.loss ({name})')
+    try:
+        return factory(**options)
+    except Exception as error:  # assertions without a text: timm checks little
+        given = ', '.join(f'{k}={v!r}' for k, v in options.items())
+        raise DistillError(f'model.loss: {name}({given}) is refused: {in_words(error)}.') from error
+
+
+def _find_loss(name: Any) -> Callable[..., nn.Module]:
+    """A loss of timm, torch or a registry by name; what is no name is one itself."""
+    import timm.loss
+
+    factory = getattr(timm.loss, str(name), None) or getattr(nn, str(name), None) if isinstance(name, str) else name
+    if isinstance(name, str) and factory is None:
+        with ROOT_MODELS.switch_scope_and_registry(None) as registry:
+            factory = registry.get(name)
+    if factory is None:
+        known = [n for m in (timm.loss, nn) for n, c in vars(m).items() if inspect.isclass(c) and _is_loss(m, n)]
+        raise DistillError(f'model.loss: there is no loss {name!r}; {nearest(str(name), known)}')
+    return factory
 
 
 def _is_loss(module: Any, name: str) -> bool:

@@ -227,13 +227,7 @@ class ImageFolder(_Files):
             source = f'the folders of {train}' if known is not own else 'its folders'
         else:
             known, source = _class_names(classes), 'those of the option classes'
-        unknown = sorted(set(own) - set(known))
-        if unknown:
-            shown = ', '.join(map(repr, unknown[:5])) + (' ...' if len(unknown) > 5 else '')
-            raise DistillError(
-                f'{folder} has folders of no known class: {shown}; the classes are {source}: '
-                f'{nearest(unknown[0], known)}'
-            )
+        _refuse_unknown(folder, own, known, source)
         if isinstance(extensions, str):
             extensions = (extensions,)
         pairs = []
@@ -253,6 +247,15 @@ class ImageFolder(_Files):
             classes=known,
             transform=transform,
             in_chans=in_chans,
+        )
+
+
+def _refuse_unknown(folder: str, own: Sequence[str], known: Sequence[str], source: str) -> None:
+    unknown = sorted(set(own) - set(known))
+    if unknown:
+        shown = ', '.join(map(repr, unknown[:5])) + (' ...' if len(unknown) > 5 else '')
+        raise DistillError(
+            f'{folder} has folders of no known class: {shown}; the classes are {source}: {nearest(unknown[0], known)}'
         )
 
 

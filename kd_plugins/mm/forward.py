@@ -73,7 +73,7 @@ def _run_head(name: str, head: nn.Module, *inputs: Any) -> Any:
         ) from error
 
 
-def settle(model: nn.Module, tap: Tap, side: str) -> Tap:
+def openmmlab_tap(model: nn.Module, tap: Tap, side: str) -> Tap:
     """The tap that is meant: ``head``, ``neck``, ``backbone``, ``logits``, ``stages[i]``, or a path.
 
     Args:

@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Host, Position, Tap
-from kd_plugins.mm.forward import run_modules, settle
+from kd_plugins.mm.forward import openmmlab_tap, run_modules
 from kd_plugins.mm.task import task_of
 
 
@@ -22,10 +22,10 @@ class MMHost(Host):
         self.task = task_of(student)
 
     def tap(self, student: nn.Module, tap: Tap) -> Tap:
-        return settle(student, tap, 'student')
+        return openmmlab_tap(student, tap, 'student')
 
     def head(self, student: nn.Module) -> str:
-        return settle(student, Tap(self.task.head), 'student').module if self.task.head else ''
+        return openmmlab_tap(student, Tap(self.task.head), 'student').module if self.task.head else ''
 
     def run(self, student: nn.Module, inputs: Any, samples: Any, modules: Sequence[str]) -> None:
         run_modules(student, inputs, samples, modules)

@@ -17,7 +17,7 @@ from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys, shown
 from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
-from kd_plugins.mm.forward import run_modules, settle
+from kd_plugins.mm.forward import openmmlab_tap, run_modules
 from kd_plugins.mm.inputs import TeacherInputs, teacher_format
 from kd_plugins.mm.task import task_of
 from kd_plugins.teachers import (
@@ -109,7 +109,7 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
         classes=teacher_classes(cfg, model, config, meta),
         num_classes=num_classes(model),
         head=task_of(model).head,
-        resolve=settle,
+        resolve=openmmlab_tap,
         kind='config',
         channels=channels,
         padding=teacher_padding(student, theirs, inputs),

@@ -158,14 +158,14 @@ class ExportedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` images, of any floating-point type, to ``(B, classes)`` logits."""
         if images.device != self.device:
-            self.follow(images.device)
+            self.move_to(images.device)
         images = images.to(self.dtype)
         if torch.is_autocast_enabled(images.device.type):
             with torch.autocast(images.device.type, enabled=False):
                 return self._pieces(images)
         return self._pieces(images)
 
-    def follow(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Move to a device."""
         raise NotImplementedError
 
@@ -226,7 +226,7 @@ class ExportedProgram(ExportedNetwork):
         fixed = f', {batch} images at once' if isinstance(batch, int) else ''
         self.description = f'torch.export program{fixed}'
 
-    def follow(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Move to a device, also what the program makes on its own."""
         from torch.export.passes import move_to_device_pass
 
@@ -256,12 +256,12 @@ class TorchScript(ExportedNetwork):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         try:
-            self.follow(self.device)
+            self.move_to(self.device)
         except Exception as error:
             raise _unreadable(path, error) from error
         self.dtype = next((p.dtype for p in self.program.parameters() if p.is_floating_point()), torch.float32)
 
-    def follow(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Load it anew: ``to`` would leave the constants of a trace where they were."""
         self.program = torch.jit.load(self.path, map_location=device).eval()
         self._freeze()

@@ -89,18 +89,7 @@ def load_strictly(
     refused_unexpected = [k for k in unexpected if not is_named(k, allow_unexpected)]
     if misshapen or refused_missing or refused_unexpected:
         _restore(model, before)
-        parts = []
-        for count, label, keys in (
-            (len(before), 'missing', refused_missing),
-            (len(state), 'unexpected', refused_unexpected),
-            (len(before), 'of another shape', list(misshapen.values())),
-        ):
-            if keys:
-                first = keys[: 2 if len(keys[0]) < 36 and not misshapen else 1]
-                more = ', ...' if len(keys) > len(first) else ''
-                # One sentence: where shapes differ, theirs is the example.
-                names = '' if misshapen and keys[0] not in misshapen.values() else f' ({", ".join(first)}{more})'
-                parts.append(f'{len(keys)} of {count} keys {label}{names}')
+        wrong = _in_figures(len(before), len(state), refused_missing, refused_unexpected, list(misshapen.values()))
         if len(missing) + len(misshapen) == sum(not k.endswith(_COUNTER) for k in before):
             advice = f'it belongs to another architecture: check {architecture} and {where}.'
         elif misshapen:
@@ -109,7 +98,7 @@ def load_strictly(
             advice = f'check {architecture}, or name what may differ in teacher.allow_missing / allow_unexpected.'
         else:
             advice = f'check that {architecture} is the one it was trained with.'
-        raise DistillError(f'{where} {source!r} does not fit {type(model).__name__}: {"; ".join(parts)}; {advice}')
+        raise DistillError(f'{where} {source!r} does not fit {type(model).__name__}: {wrong}; {advice}')
     converted = [k for k in state if k not in before and k not in unexpected]
     return LoadReport(missing, unexpected, converted)
 
@@ -144,6 +133,25 @@ def _load(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], lis
             handle.remove()
     missing = [k for k in result.missing_keys if k not in misshapen]
     return missing, list(result.unexpected_keys), misshapen
+
+
+def _in_figures(
+    ours: int, theirs: int, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]
+) -> str:
+    """How many keys of the model's and of the file's are wrong in which way, with examples."""
+    parts = []
+    for count, label, keys in (
+        (ours, 'missing', missing),
+        (theirs, 'unexpected', unexpected),
+        (ours, 'of another shape', misshapen),
+    ):
+        if keys:
+            first = keys[: 2 if len(keys[0]) < 36 and not misshapen else 1]
+            more = ', ...' if len(keys) > len(first) else ''
+            # One sentence: where shapes differ, theirs is the example.
+            names = '' if misshapen and keys is not misshapen else f' ({", ".join(first)}{more})'
+            parts.append(f'{len(keys)} of {count} keys {label}{names}')
+    return '; '.join(parts)
 
 
 def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:

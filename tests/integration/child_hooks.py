@@ -8,9 +8,9 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from tests.integration.lab import hurry, weights
+from tests.integration.lab import skip_overhead, weights
 
-hurry()
+skip_overhead()
 if not torch.cuda.is_available():
     # MMEngine's pytorch launcher calls it whatever the backend is.
     torch.cuda.set_device = lambda device: None

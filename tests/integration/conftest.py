@@ -20,9 +20,9 @@ def pytest_collection_modifyitems(items):
 def quick_runs_apart():
     """What holds for all of MMEngine's runs in this process."""
     if importlib.util.find_spec('mmengine'):  # or there is Ultralytics alone
-        from tests.integration.lab import hurry, keep_apart
+        from tests.integration.lab import keep_apart, skip_overhead
 
-        hurry()
+        skip_overhead()
         keep_apart()
 
 

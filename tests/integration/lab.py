@@ -113,7 +113,7 @@ LOGITS = dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbo
 FEATURES = dict(loss=dict(type='FeatureMSELoss'), student='neck', teacher='neck')
 
 
-def hurry() -> None:
+def skip_overhead() -> None:
     """Spare the runs of this process what costs more than a few iterations and changes none.
 
     Compilers are asked for their versions, configs formatted, hundreds of metafiles read for a ``_base_`` in a

@@ -8,6 +8,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -157,65 +158,89 @@ def compare(experiment: Experiment, display: Display | None = None) -> dict[str,
     """
     began = time.monotonic()
     display = display or Display()
-    work_dir, seeds, jobs = experiment.work_dir, experiment.seeds, experiment.jobs
-    trainings = _train(experiment, display)
-    weights: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.teacher_weights()}
-    weights |= {key: experiment.last_checkpoint(phase.folder) for key, phase in trainings.items()}
-    folders: dict[Key, Path] = {(TEACHER, TEACHER_SEED): work_dir / TEACHER}
-    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
-    tests = {
-        key: experiment.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
-        for key, path in weights.items()
-    }
-    run_phases(list(tests.values()), display, jobs)
-    histories = {key: experiment.history(folder / 'train') for key, folder in folders.items()}
-
-    def arm(name: str, keys: Sequence[Key]) -> Arm:
-        results = []
-        for key in keys:
-            accuracy = experiment.measured(tests[key])
-            seconds, size = histories[key].seconds_per_iteration(), weights[key].stat().st_size
-            results.append(Result(seed=key[1], accuracy=accuracy, seconds=seconds, size=size))
-        return Arm(experiment.label(name), experiment.parameters(name, tests[keys[0]]), results)
-
-    names = [PLAIN, *experiment.distilled]
-    teacher = arm(TEACHER, [(TEACHER, TEACHER_SEED)])
-    plain, *distilled = students = [arm(name, [(name, seed) for seed in seeds]) for name in names]
+    runs = _run(experiment, display)
+    teacher = _arm(experiment, runs, TEACHER, [TEACHER_SEED])
+    students = [_arm(experiment, runs, name, experiment.seeds) for name in (PLAIN, *experiment.distilled)]
+    plain, *distilled = students
     display.say('\n' + text(teacher, plain, distilled, experiment.metrics, experiment.step))
-    if jobs > 1:
-        display.say(f's/{experiment.step} of the students: {jobs} trainings at once, {experiment.together} included.')
+    if experiment.jobs > 1:
+        how = f'{experiment.jobs} trainings at once, {experiment.together} included.'
+        display.say(f's/{experiment.step} of the students: {how}')
     seconds = time.monotonic() - began
     arms = {
         a.name: dict(parameters=a.parameters, runs=[_figures(r, experiment.metrics) for r in a.results])
         for a in (teacher, *students)
     }
-    results = dict(seeds=list(seeds), arms=arms, seconds=seconds)
-    (work_dir / 'results.json').write_text(json.dumps(results, indent=1))
-    shown = {teacher.name: tests[TEACHER, TEACHER_SEED]}
-    shown |= {a.name: tests[name, seeds[0]] for a, name in zip(students, names, strict=True)}
-    report = write_report(
-        work_dir,
+    results = dict(seeds=list(experiment.seeds), arms=arms, seconds=seconds)
+    (experiment.work_dir / 'results.json').write_text(json.dumps(results, indent=1))
+    report = _report(experiment, runs, teacher, plain, distilled)
+    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
+    return results
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """What was trained and measured, by model."""
+
+    weights: Mapping[Key, Path]
+    tests: Mapping[Key, Phase]
+    histories: Mapping[Key, History]
+
+
+def _run(experiment: Experiment, display: Display) -> _Runs:
+    """Train and evaluate what is missing."""
+    trainings = _train(experiment, display)
+    weights: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.teacher_weights()}
+    weights |= {key: experiment.last_checkpoint(phase.folder) for key, phase in trainings.items()}
+    folders: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.work_dir / TEACHER}
+    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
+    tests = {
+        key: experiment.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
+        for key, path in weights.items()
+    }
+    run_phases(list(tests.values()), display, experiment.jobs)
+    return _Runs(weights, tests, {key: experiment.history(folder / 'train') for key, folder in folders.items()})
+
+
+def _arm(experiment: Experiment, runs: _Runs, name: str, seeds: Sequence[int]) -> Arm:
+    results = [
+        Result(
+            seed=seed,
+            accuracy=experiment.measured(runs.tests[name, seed]),
+            seconds=runs.histories[name, seed].seconds_per_iteration(),
+            size=runs.weights[name, seed].stat().st_size,
+        )
+        for seed in seeds
+    ]
+    return Arm(experiment.label(name), experiment.parameters(name, runs.tests[name, seeds[0]]), results)
+
+
+def _report(experiment: Experiment, runs: _Runs, teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> Path:
+    seeds = experiment.seeds
+    students = dict(zip((PLAIN, *experiment.distilled), (plain, *distilled), strict=True))
+    shown = {teacher.name: runs.tests[TEACHER, TEACHER_SEED]}
+    shown |= {arm.name: runs.tests[name, seeds[0]] for name, arm in students.items()}
+    return write_report(
+        experiment.work_dir,
         title=experiment.title,
         teacher=teacher,
         plain=plain,
         distilled=distilled,
-        histories={a.name: [histories[n, s] for s in seeds] for a, n in zip(students, names, strict=True)},
+        histories={arm.name: [runs.histories[name, seed] for seed in seeds] for name, arm in students.items()},
         metrics=experiment.metrics,
-        metric=experiment.metric(histories.values()),
+        metric=experiment.metric(runs.histories.values()),
         picture=experiment.picture(shown),
         note=experiment.note,
         facts={
             **experiment.facts(),
             'seeds': ', '.join(map(str, seeds)),
-            'trainings at once': f'{jobs} (on {experiment.cores} cores)',
+            'trainings at once': f'{experiment.jobs} (on {experiment.cores} cores)',
             'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
             'torch': torch.__version__,
         },
         step=experiment.step,
         unit=experiment.unit,
     )
-    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
-    return results
 
 
 def _figures(result: Result, metrics: Metrics) -> dict[str, float]:

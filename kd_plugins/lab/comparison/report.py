@@ -66,23 +66,11 @@ def write_report(
         *(f'<p>{html.escape(verdict(plain, arm, metrics.main))}</p>' for arm in distilled),
     ]
     if len(plain.results) > 1:
-        parts += [
-            '<h2>Per seed</h2>',
-            _table(*seed_rows(plain, distilled)),
-            f'<p class="note">{metrics.main}, and in brackets the gain over the plain student of the same seed. '
-            '± is the standard deviation over the seeds.</p>',
-        ]
+        parts += _per_seed(plain, distilled, metrics)
     alt = f'loss and {metrics.main} over the {unit}s'
     parts += ['<h2>Training</h2>', f'<img src="curves.png" alt="{html.escape(alt)}">']
     if picture is not None:
-        file = f'{picture.name}.png'
-        picture.draw(folder / file)
-        parts += [
-            f'<h2>{picture.name.capitalize()}</h2>',
-            f'<img src="{file}" alt="{html.escape(picture.alt)}">',
-            f'<p class="note">Seed {plain.results[0].seed}, {html.escape(picture.content)}. '
-            f'{html.escape(picture.chosen)}: {html.escape(", ".join(map(str, picture.images)))}.</p>',
-        ]
+        parts += _drawn(folder, picture, plain.results[0].seed)
     items = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts.items())
     parts += ['<h2>What was run</h2>', f'<dl>{items}</dl>']
     page = folder / 'report.html'
@@ -91,6 +79,26 @@ def write_report(
         f'<style>\n{STYLE}\n</style>\n' + '\n'.join(parts) + '\n</html>\n'
     )
     return page
+
+
+def _per_seed(plain: Arm, distilled: Sequence[Arm], metrics: Metrics) -> list[str]:
+    return [
+        '<h2>Per seed</h2>',
+        _table(*seed_rows(plain, distilled)),
+        f'<p class="note">{metrics.main}, and in brackets the gain over the plain student of the same seed. '
+        '± is the standard deviation over the seeds.</p>',
+    ]
+
+
+def _drawn(folder: Path, picture: Picture, seed: int) -> list[str]:
+    file = f'{picture.name}.png'
+    picture.draw(folder / file)
+    return [
+        f'<h2>{picture.name.capitalize()}</h2>',
+        f'<img src="{file}" alt="{html.escape(picture.alt)}">',
+        f'<p class="note">Seed {seed}, {html.escape(picture.content)}. '
+        f'{html.escape(picture.chosen)}: {html.escape(", ".join(map(str, picture.images)))}.</p>',
+    ]
 
 
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,39 +64,12 @@ class Segmentations(Picture):
         height = figure.get_figheight()
         figure.subplots_adjust(0.005, below / height, 0.995, 1 - above / height, 0.02, 0.02)
         for row, image in zip(grid, self.images, strict=True):
-            picture, truth = pictures[image], self.truth[image]
-            cells = [picture, colour(truth, picture, truth, self.palette)]
-            cells += [colour(found[image], picture, truth, self.palette) for found in self.found.values()]
-            scores = [math.nan, math.nan, *(image_iou(found[image], truth) for found in self.found.values())]
-            for axes, cell, score in zip(row, cells, scores, strict=True):
-                axes.imshow(cell, interpolation='nearest' if cell.shape[1] < 320 else 'antialiased')
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
-                if not math.isnan(score):
-                    axes.text(
-                        0.97,
-                        0.03,
-                        f'{100 * score:.0f}',
-                        transform=axes.transAxes,
-                        fontsize=8.5,
-                        color='white',
-                        ha='right',
-                        va='bottom',
-                        bbox=dict(facecolor='black', edgecolor='none', pad=1.5, alpha=0.6),
-                    )
+            for axes, (cell, score) in zip(row, self._row(image, pictures[image]), strict=True):
+                _show(axes, cell, score)
         for axes, name in zip(grid[0], names, strict=True):
             axes.set_title(name, fontsize=11, pad=5)
         figure.legend(
-            handles=[
-                Patch(
-                    facecolor=np.asarray(rgb) / 255,
-                    edgecolor=STRIPES[0] / 255,
-                    linewidth=0.5,
-                    hatch='/////' if name == NOT_COUNTED else None,
-                    label=name,
-                )
-                for name, rgb in seen
-            ],
+            handles=[_patch(name, rgb) for name, rgb in seen],
             loc='lower center',
             ncols=columns,
             frameon=False,
@@ -110,6 +83,14 @@ class Segmentations(Picture):
         # A palette would tint the shades of a class towards other classes.
         save(figure, path, dpi=120, colors=None)
 
+    def _row(self, image: Any, picture: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+        """The cells of an image, and what each scores; NaN where nothing was predicted."""
+        truth = self.truth[image]
+        yield picture, math.nan
+        yield colour(truth, picture, truth, self.palette), math.nan
+        for found in self.found.values():
+            yield colour(found[image], picture, truth, self.palette), image_iou(found[image], truth)
+
     def _legend(self) -> list[tuple[str, Sequence[int]]]:
         """Name and colour of the classes that occur, in their own order."""
         count = np.zeros(len(self.classes), int)
@@ -122,6 +103,34 @@ class Segmentations(Picture):
         if any((self.truth[i] == IGNORED).any() for i in self.images):
             legend.append((NOT_COUNTED, STRIPES[1]))
         return legend
+
+
+def _show(axes: Any, cell: np.ndarray, score: float) -> None:
+    axes.imshow(cell, interpolation='nearest' if cell.shape[1] < 320 else 'antialiased')
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    if not math.isnan(score):
+        axes.text(
+            0.97,
+            0.03,
+            f'{100 * score:.0f}',
+            transform=axes.transAxes,
+            fontsize=8.5,
+            color='white',
+            ha='right',
+            va='bottom',
+            bbox=dict(facecolor='black', edgecolor='none', pad=1.5, alpha=0.6),
+        )
+
+
+def _patch(name: str, rgb: Sequence[int]) -> Patch:
+    return Patch(
+        facecolor=np.asarray(rgb) / 255,
+        edgecolor=STRIPES[0] / 255,
+        linewidth=0.5,
+        hatch='/////' if name == NOT_COUNTED else None,
+        label=name,
+    )
 
 
 def colour(labels: np.ndarray, picture: np.ndarray, truth: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:

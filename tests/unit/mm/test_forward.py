@@ -6,7 +6,7 @@ from torch import nn
 
 from kd_plugins.distiller import Capture, Tap
 from kd_plugins.errors import DistillError
-from kd_plugins.mm.forward import run_modules, settle
+from kd_plugins.mm.forward import openmmlab_tap, run_modules
 
 
 class Stage(nn.Module):
@@ -62,12 +62,12 @@ def test_a_head_that_needs_more_than_features_is_refused():
 
 def test_the_decode_head_of_a_cascade_is_its_last_stage():
     model = Segmentor(Stage(), Refining())
-    assert settle(model, Tap('decode_head'), 'student') == Tap('decode_head.1')
-    assert settle(model, Tap('decode_head.0'), 'student') == Tap('decode_head.0')
-    assert settle(Segmentor(Stage()), Tap('decode_head'), 'student') == Tap('decode_head')
+    assert openmmlab_tap(model, Tap('decode_head'), 'student') == Tap('decode_head.1')
+    assert openmmlab_tap(model, Tap('decode_head.0'), 'student') == Tap('decode_head.0')
+    assert openmmlab_tap(Segmentor(Stage()), Tap('decode_head'), 'student') == Tap('decode_head')
 
 
 def test_another_list_of_modules_is_refused():
     model = Segmentor(Stage(), auxiliary=nn.ModuleList([Stage(), Stage()]))
     with pytest.raises(DistillError, match=r"teacher 'auxiliary_head' is a list of 2 modules.*'auxiliary_head.0'"):
-        settle(model, Tap('auxiliary_head'), 'teacher')
+        openmmlab_tap(model, Tap('auxiliary_head'), 'teacher')

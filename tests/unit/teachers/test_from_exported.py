@@ -123,11 +123,11 @@ def test_it_follows_the_device(files, kind):
     net = (ExportedProgram if kind == 'fixed' else TorchScript)(paths[kind])
     images = torch.rand(2, 3, 32, 32)
     expected = net(images)
-    net.follow(torch.device('meta'))
+    net.move_to(torch.device('meta'))
     assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {'meta'}
     assert not any(p.requires_grad for p in net.parameters())
     if kind == 'traced':  # the values of a program stay where it was moved
-        net.follow(torch.device('cpu'))
+        net.move_to(torch.device('cpu'))
         torch.testing.assert_close(net(images), expected)
 
 
@@ -144,7 +144,7 @@ def test_it_follows_to_the_gpu(files):
 
 def test_what_a_program_makes_itself_follows_too(tmp_path):
     net = ExportedProgram(export(Positions(), tmp_path / 'x.pt2'))
-    net.follow(torch.device('meta'))
+    net.move_to(torch.device('meta'))
     assert net.program(torch.rand(2, 3, 32, 32, device='meta')).device.type == 'meta'
 
 
