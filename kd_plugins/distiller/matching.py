@@ -301,7 +301,11 @@ class Matching:
                 found.append(to_map(tensor, capture.image_size, tokens))
             except DistillError as error:
                 if ours.dim() == theirs.dim() == 3 and ours.shape[1] == theirs.shape[1]:
-                    # Queries and the like: a sequence without a grid, paired in order.
+                    # Queries and the like.
+                    batch.notes.setdefault(
+                        term.name,
+                        f'term {term.name!r} compares sequences without a grid (queries): one by one, in order',
+                    )
                     return ours, theirs
                 raise DistillError(f'{capture.where} {str(tap)!r}: {error}') from error
         return found[0], found[1]

@@ -100,7 +100,7 @@ def find_reader(head: nn.Module, form: type[Form] = DensePredictions) -> Reader:
         if reader is not None:
             if override is None:
                 return reader
-            raise _refusal(name, form, f'{override} makes its outputs mean something else than those of {cls.__name__}')
+            raise _refusal(name, form, f'{override} makes its outputs mean something else')
         # After the reader: what has none of ours may have one of a user's.
         reason = _lookup(_unreadable, cls)
         if reason is not None:
@@ -186,13 +186,12 @@ def _lookup(table: Mapping[str | type, Any], cls: type) -> Any:
 
 
 def _refusal(name: str, form: type[Form], because: str = '') -> DistillError:
-    supported = ', '.join(supported_heads(form)) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
+    heads = supported_heads(form)
+    supported = ', '.join(heads) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
     own = repr(name) if form is DensePredictions else f'{name!r}, form={form.__name__}'
-    reason = f' ({because})' if because else ''
     return DistillError(
-        f'Predictions of {name} cannot be read{reason}. Supported heads: {supported}. For another head write a '
-        f'function (head, outputs, *, training) -> {form.__name__} and decorate it with '
-        f'@kd_plugins.predictions.register_reader({own}).'
+        f'Predictions of {name} cannot be read{because and f": {because}"}. Supported heads: {supported}. For another '
+        f'write a reader and decorate it with @register_reader({own}) of kd_plugins.predictions.'
     )
 
 

@@ -19,6 +19,8 @@ from kd_plugins.yolo.host import UltralyticsHost
 
 #: Columns of the terms that the short options make; of others `columns`.
 COLUMNS = {'cls': 'kdcls_loss', 'box': 'kdbox_loss', 'mask': 'kdmsk_loss', 'feature': 'kdfea_loss'}
+#: Column of all KD losses over the task loss, as MMEngine's hook logs it; plotted is what has ``loss`` in its name.
+RATIO = 'kd_ratio'
 #: Adapters and what trains them, beside last.pt.
 STATE = 'kd_last.pt'
 #: Largest norm of gradients in Ultralytics' trainer.
@@ -179,7 +181,7 @@ class Run:
         if capture is not None:
             capture.close()
         zero = torch.zeros((), device=loss.device)
-        logged = dict.fromkeys(self.columns.values(), zero)
+        logged = dict.fromkeys((*self.columns.values(), RATIO), zero)
         if not self.session.active:
             self.session.bank.mark(())
             # The very same tensor: with all weights 0 the run is bit by bit the plain one.
@@ -196,7 +198,8 @@ class Run:
         self.session.refuse_nan(task, values)
         self.session.balance.add(task, kd)
         if self.session.alpha is not None:
-            loss = loss * (1 - self.session.alpha)
+            loss, task = (v * (1 - self.session.alpha) for v in (loss, task))
+        logged[RATIO] = kd.detach().float() / task.float().clamp(min=torch.finfo(torch.float32).tiny)
         loss = torch.cat([loss, kd.to(loss.dtype).view(1)]) if loss.dim() else loss + kd
         return loss, {**items, **logged}
 

@@ -71,7 +71,8 @@ def test_scaled_by_the_batch_size_like_the_task_loss(begin):
     loss, items, total, logged = added(run)
     assert torch.equal(total[:3], loss) and total.shape == (4,)
     assert total[3].item() == pytest.approx(3 * (2 * cls + 3 * box), rel=1e-5)
-    assert list(logged) == [*items, 'kdcls_loss', 'kdbox_loss']
+    assert list(logged) == [*items, 'kdcls_loss', 'kdbox_loss', 'kd_ratio']
+    assert logged['kd_ratio'].item() == pytest.approx(total[3].item() / loss.sum().item(), rel=1e-5)
     assert logged['kdcls_loss'].item() == pytest.approx(2 * cls, rel=1e-5)
     assert not logged['kdcls_loss'].requires_grad and total.requires_grad
 
@@ -85,7 +86,7 @@ def test_classify_is_a_mean_and_a_scalar(begin):
     loss = torch.tensor(2.0)
     batch = {'img': image(), 'cls': torch.tensor([0, 1, 2])}
     total, logged = run.add(loss, {'loss': loss}, preds, batch)
-    assert total.dim() == 0 and list(logged) == ['loss', 'kdcls_loss']
+    assert total.dim() == 0 and list(logged) == ['loss', 'kdcls_loss', 'kd_ratio']
     torch.testing.assert_close(total, 2 + kl_div(preds, theirs), rtol=2e-3, atol=1e-5)
 
 
