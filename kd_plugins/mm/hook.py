@@ -134,6 +134,8 @@ class DistillHook(Hook):
         self.session.set_classes(classes)
         if self.session.pseudo is not None:
             refuse_unlabelled(example[1])
+        if example[1] is None:
+            notes.append('checked on a grey picture: the data set gave no item before the run')
         with untouched_rng():
             rows = self.session.check(*example)
         unit, _, total = unit_of(runner)

@@ -34,7 +34,7 @@ class MMHost(Host):
         return self.task.targets(inputs, samples)
 
     def size_option(self, side: str) -> str:
-        return self.task.size_option() if side == 'student' else super().size_option(side)
+        return self.task.sized_by if side == 'student' else super().size_option(side)
 
     def missed(self, student: nn.Module) -> str:
         own: Any = type(student)

@@ -22,20 +22,18 @@ class Task:
         model: What such a model is called in messages.
         head: Path of what predicts, ``''`` where there is no such module.
         targets: ``targets(inputs, samples)``: the labels of a batch as losses want them, or None.
+        sized_by: How a user writes the size of all images.
     """
 
     name: str
     model: str
     head: str
     targets: Callable[[Any, Any], Tensor | None]
+    sized_by: str = "dict(type='Resize', scale=(width, height), keep_ratio=False) in the pipeline"
 
     def size(self, model: nn.Module) -> tuple[int, int] | None:
         """``(height, width)`` of all images that a model is given; None: batches have any size."""
         return None
-
-    def size_option(self) -> str:
-        """How a user writes the size of the images of a student that takes one only."""
-        return 'data_preprocessor.size'
 
     def teach(self, model: nn.Module, modules: Sequence[str]) -> None:
         """A forward pass begins in which these modules are taught; with none of them, it is over."""
@@ -48,20 +46,17 @@ class Classification(Task):
     def size(self, model: nn.Module) -> tuple[int, int] | None:
         return getattr(getattr(model, 'data_preprocessor', None), 'size', None)
 
-    def size_option(self) -> str:
-        return 'model.input_size'
-
     def teach(self, model: nn.Module, modules: Sequence[str]) -> None:
         # While the head of a distillation token is taught, the labels teach the class head alone.
         if hasattr(model, 'separate_heads'):
             model.separate_heads = 'dist_logits' in modules
 
 
-CLASSIFICATION = Classification('classification', 'classifier', 'logits', class_labels)
+CLASSIFICATION = Classification('classification', 'classifier', 'logits', class_labels, 'model.input_size')
 #: In this order: a detector may have a semantic branch besides.
 DENSE = (
     Task('detection', 'detector', 'bbox_head', labels),
-    Task('segmentation', 'segmentor', 'decode_head', labels),
+    Task('segmentation', 'segmentor', 'decode_head', labels, 'data_preprocessor.size'),
 )
 #: Models without a head that predicts for every position: two-stage detectors, DETRs, and whatever comes.
 OTHER = Task('detection', 'model', '', labels)

@@ -165,7 +165,10 @@ class DistillCallback:
                 f'start={session.window.start} is not before the end of the run ({trainer.epochs} epochs).'
             )
         with untouched_rng():
-            rows = session.check(*example_batch(trainer, channels))
+            images, batch = example_batch(trainer, channels)
+            rows = session.check(images, batch)
+        if batch is None:
+            notes.append('checked on a grey picture: the validation set gave no item before the run')
         run = Run(session, host)
         run.attach(trainer)
         if is_main():
