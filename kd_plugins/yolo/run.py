@@ -228,7 +228,9 @@ class Run:
             partial.replace(path)
 
     def _restore(self, trainer: Any) -> None:
-        path = Path(trainer.wdir) / STATE
+        # Beside the checkpoint that is resumed, which a run that was moved no longer has in its own folder.
+        folders = [Path(str(trainer.args.model)).parent, Path(trainer.wdir)]
+        path = next((f / STATE for f in folders if (f / STATE).is_file()), folders[0] / STATE)
         if not path.is_file():
             raise DistillError(
                 f'resume needs the adapters of the run, and {str(path)!r} does not exist, so it was not written by '

@@ -505,9 +505,10 @@ def test_an_epoch_that_is_done_again_begins_with_the_adapters_it_began_with(begi
     assert same(end, weights_of(run)) and not same(end, states[1])
 
 
+@pytest.mark.parametrize('moved', [False, True])
 @pytest.mark.parametrize('last', [0, 1])
-def test_resume_restores_the_adapters_of_the_epoch_in_last_pt(begin, trainer, last):
-    """The process may end between writing the adapters of an epoch and last.pt."""
+def test_resume_restores_the_adapters_of_the_epoch_in_last_pt(begin, trainer, last, moved, tmp_path):
+    """The process may end between writing the adapters of an epoch and last.pt; and a run may be moved."""
     run = begin(feature=1.0)
     states = []
     for epoch in range(2):
@@ -518,6 +519,10 @@ def test_resume_restores_the_adapters_of_the_epoch_in_last_pt(begin, trainer, la
         states.append(run.session.state())
     resumed = trainer()
     resumed.resume, resumed.start_epoch, resumed.epoch = True, last + 1, last + 1
+    if moved:
+        run.trainer.wdir.rename(tmp_path / 'elsewhere')
+        resumed.wdir.mkdir()
+        resumed.args.model = str(tmp_path / 'elsewhere' / 'last.pt')
     again = begin(resumed, feature=1.0).session.state()
     assert same(states[last]['adapters'], again['adapters']) and again['steps'] == last + 1
     for name, state in states[last]['optimizer'].items():
