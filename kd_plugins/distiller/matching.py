@@ -159,7 +159,8 @@ class Matching:
             with torch.autocast(capture.device, enabled=False):
                 module = capture.module(tap.module)
                 # Dense maps stay in half precision: the loss converts them, piece by piece where it can.
-                batch.read[key] = read(module, call.output, training=call.training, form=form, part=tap.part).full()
+                found = read(module, call.output, training=call.training, form=form, part=tap.part)
+                batch.read[key] = found.in_full_precision()
         return batch.read[key]
 
     def tensors(self, term: Term, batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -102,13 +102,13 @@ class Session(Apart):
         self._asked, self._missed, self._checked = 0, 0, False
         for term in terms.values():
             try:
-                self._settle(term)
+                self._find_places(term)
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
         self.matching = Matching(student, self.teachers, {}, self.host.head(student))
         self.set_classes(classes)
 
-    def _settle(self, term: Term) -> None:
+    def _find_places(self, term: Term) -> None:
         """Find the teacher and the modules that a term names."""
         owner = term.teacher.owner
         if not owner and len(self.teachers) == 1:

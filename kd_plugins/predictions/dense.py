@@ -274,7 +274,7 @@ class DensePredictions(Form):
     def tensors(self) -> list[Tensor]:
         return [v for n in ('cls', 'obj', 'ltrb') if (v := getattr(self, n)) is not None]
 
-    def full(self) -> DensePredictions:
+    def in_full_precision(self) -> DensePredictions:
         return self.float()
 
     def describe(self) -> str:

@@ -131,7 +131,7 @@ class Form:
         them."""
         return False
 
-    def full(self: F) -> F:
+    def in_full_precision(self: F) -> F:
         """In float32 (float64 stays); itself, where the losses see to that."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         tensors = {n: v for n, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}

@@ -65,7 +65,7 @@ class MaskPredictions(Form):
     def image(self, index: int) -> MaskPredictions:
         return MaskPredictions(self.dense.image(index), self.prototypes[index : index + 1])
 
-    def full(self) -> MaskPredictions:
+    def in_full_precision(self) -> MaskPredictions:
         return MaskPredictions(self.dense.float(), _float(self.prototypes))
 
     def describe(self) -> str:

@@ -80,7 +80,7 @@ class PixelPredictions(Form):
     def describe(self) -> str:
         return f'{self.num_classes} classes, ' + 'x'.join(map(str, self.logits.shape[1:]))
 
-    def full(self) -> PixelPredictions:
+    def in_full_precision(self) -> PixelPredictions:
         # Losses work through maps of this size in pieces, and cast those.
         return self
 

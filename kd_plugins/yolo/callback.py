@@ -143,7 +143,7 @@ class DistillCallback:
                     f'The student takes images of {channels} channel(s) and the teacher of {teacher.channels}; train a '
                     'teacher on the same kind of images.'
                 )
-            host.follow(teacher)
+            host.match_memory_format(teacher)
         _refuse_other_tasks(session, host)
         session.check_heads()
         names = class_names(trainer.data.get('names'))

@@ -38,7 +38,7 @@ class UltralyticsHost(Host):
         # Autocast would cast the frozen float32 weights anew in every forward: it caches trainable ones only.
         return inputs.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else inputs
 
-    def follow(self, teacher: Teacher) -> None:
+    def match_memory_format(self, teacher: Teacher) -> None:
         """Bring a teacher to the memory format in which the student trains."""
         ours, theirs = (_first_convolution(model) for model in (self.student, teacher.model))
         if ours is None or theirs is None or ours.is_contiguous() or not theirs.is_contiguous():

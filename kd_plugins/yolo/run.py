@@ -108,13 +108,13 @@ class Run:
                 f'The criterion {type(criterion).__name__} is a module, which this callback cannot wrap; supported '
                 f'are {SUPPORTED} with the criteria of Ultralytics.'
             )
-        self.follow(trainer)
+        self.attach_optimizer(trainer)
         if trainer.resume and self.session.state():
             self._restore(trainer)
         self.student.criterion = KDCriterion(criterion, self.add, self.label)
         self._attached = True
 
-    def follow(self, trainer: Any) -> None:
+    def attach_optimizer(self, trainer: Any) -> None:
         """Let the adapters step with the trainer's optimizer, which it builds anew after an out-of-memory error."""
         if self.session.follows is trainer.optimizer:
             return
@@ -207,7 +207,7 @@ class Run:
     def begin_epoch(self, trainer: Any) -> None:
         """An epoch begins; one that is done again (NaN recovery) begins with the adapters that it began with."""
         self.batch, self.batches = 0, max(len(trainer.train_loader), 1)
-        self.follow(trainer)
+        self.attach_optimizer(trainer)
         self.session.balance.ratio()
         if trainer.epoch in self._states and trainer.epoch - 1 in self._states:
             self.session.load_state(self._states[trainer.epoch - 1], 'memory')

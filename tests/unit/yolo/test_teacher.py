@@ -186,10 +186,10 @@ def test_follows_precision_and_memory_format(teacher_file, build, image):
         half = output(teacher.to(cast), cast)['one2many']['scores']
     assert teacher.dtype == cast.dtype == half.dtype == torch.bfloat16
     assert (half.float() - exact).abs().mean() < 0.1
-    host.follow(teacher.to(image))
+    host.match_memory_format(teacher.to(image))
     assert teacher.model.model[1].conv.weight.is_contiguous()
     student.to(memory_format=torch.channels_last)
-    host.follow(teacher)
+    host.match_memory_format(teacher)
     weight = teacher.model.model[1].conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and teacher.dtype == torch.float32
     # There and back through bfloat16 rounds the weights; the run never goes back.
