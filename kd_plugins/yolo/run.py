@@ -180,26 +180,25 @@ class Run:
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.close()
-        zero = torch.zeros((), device=loss.device)
-        logged = dict.fromkeys((*self.columns.values(), RATIO), zero)
         if not self.session.active:
             self.session.bank.mark(())
+            zero = torch.zeros((), device=loss.device)
             # The very same tensor: with all weights 0 the run is bit by bit the plain one.
-            return loss, {**items, **logged}
+            return loss, {**items, **dict.fromkeys((*self.columns.values(), RATIO), zero)}
         capture = self.session.capture(known=self.session.student_modules) if capture is None else capture
         capture.put(self._head, preds, training=True, module=self.student.get_submodule(self._head))
         values = self.session.losses(capture, batch['img'], batch)
-        scale = self.host.task.scale(batch['img'])
-        total = torch.stack([v.float() for v in values.values()]).sum()
+        kd = torch.stack([v.float() for v in values.values()]).sum() * self.host.task.scale(batch['img'])
+        logged: dict[str, Tensor] = {}
         for name, column in self.columns.items():
             value = values[f'loss_kd_{name}'].detach()
-            logged[column] = value if logged[column] is zero else logged[column] + value
-        task, kd = loss.detach().sum(), total * scale
+            logged[column] = logged[column] + value if column in logged else value
+        task, taught = loss.detach().sum(), kd.detach()
         self.session.refuse_nan(task, values)
-        self.session.balance.add(task, kd)
+        self.session.balance.add(task, taught)
         if self.session.alpha is not None:
             loss, task = (v * (1 - self.session.alpha) for v in (loss, task))
-        logged[RATIO] = kd.detach().float() / task.float().clamp(min=torch.finfo(torch.float32).tiny)
+        logged[RATIO] = taught / task.clamp(min=torch.finfo(task.dtype).tiny)
         loss = torch.cat([loss, kd.to(loss.dtype).view(1)]) if loss.dim() else loss + kd
         return loss, {**items, **logged}
 
