@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_plugins.adapters import adapt, describe_adapter
-from kd_plugins.distiller.adapting import build_adapter
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.balance import Balance
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.host import Host, Position
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
+from kd_plugins.distiller.parts import Parts, trainable
 from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Window
-from kd_plugins.distiller.summary import Row, count
+from kd_plugins.distiller.summary import Row
 from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
@@ -90,13 +89,11 @@ class Session(Apart):
         self.position = Position()
         self.balance = Balance()
         self.bank = AdapterBank()
+        self.parts = Parts(self.bank, resolve)
         self.notes: list[str] = []
         self.optimizer: AdapterOptimizer | None = None
         self.follows: Optimizer | None = None
         self._handle: Any = None
-        self._resolve = resolve
-        self._free: dict[str, nn.ModuleDict] = {}
-        self._theirs: dict[str, nn.ModuleList] = {}
         self._captures: dict[tuple[str, ...], Capture] = {}
         self._taught: dict[str, Capture] | None = None
         self._asked, self._missed, self._checked = 0, 0, False
@@ -367,7 +364,7 @@ class Session(Apart):
 
     def _check_term(self, term: Term, batch: Batch, heads: Mapping[str, Sequence[tuple[str, Form]]]) -> Row:
         where = f'term {term.name!r}'
-        taught = batch.teachers[term.teacher.owner]
+        taught, device = batch.teachers[term.teacher.owner], next(self.student.parameters()).device
         try:
             whole = self.matching.reads(term)
             if term.samples is not None and not (whole or term.projects):
@@ -378,8 +375,8 @@ class Session(Apart):
             if not term.always_zero:
                 _refuse_frozen(term, batch.student.maps(term.student))
             if whole:
-                if not self._has_parts(term):
-                    self._keep(term, nn.ModuleList())
+                if term not in self.parts:
+                    self.parts.keep(term, device)
                 pair = self.matching.predictions(term, batch)
                 if term.declared.stands_for_another:
                     term.loss = cast(Extras, term.loss).for_predictions(*pair)
@@ -391,12 +388,12 @@ class Session(Apart):
                 pairs = self.matching.tensors(term, batch)
                 owners = {'student': heads['student'], 'teacher': heads[term.teacher.owner]}
                 refuse_layers_of_logits(term, batch, owners)
-                if not self._has_parts(term):
-                    self._build_adapters(term, pairs, batch)
-                with _evaluating(self._parts(term)):
+                if term not in self.parts:
+                    self.parts.build(term, pairs, batch, device)
+                with _evaluating(self.parts.of(term)):
                     value = self._tensor_loss(term, pairs, batch)
                 found = shapes([p[0] for p in pairs]), shapes([p[1] for p in pairs])
-                adapter = self._describe_adapters(term, pairs, batch)
+                adapter = self.parts.describe(term, pairs, batch)
         except DistillError as error:
             raise DistillError(f'{where}: {error}') from error
         except Exception as error:
@@ -417,7 +414,7 @@ class Session(Apart):
             teacher=str(term.teacher),
             teacher_shape=found[1],
             adapter=adapter,
-            parameters=sum(p.numel() for p in self._parts(term).parameters()),
+            parameters=sum(p.numel() for p in self.parts.of(term).parameters()),
             weight=str(term.weight),
             when='' if term.window == Window() else str(term.window),
             value=float(value),
@@ -434,103 +431,6 @@ class Session(Apart):
                     f'term {term.name!r}: the teacher returns NaN or infinite values at {str(term.teacher)!r}; '
                     'its checkpoint is damaged, or its normalisation or precision is wrong.'
                 )
-
-    def _build_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> None:
-        adapters: list[nn.Module] = []
-        theirs: list[nn.Module] = []
-        taught: list[Tensor] = []
-        size, teacher_size = batch.student.image_size, batch.teachers[term.teacher.owner].image_size
-        for student, teacher in pairs:
-            adapter = build_adapter(
-                term.teacher_adapter, teacher, student, 'teacher_adapter', self._resolve, image_size=teacher_size
-            )
-            theirs.append(_Identity() if adapter is None else adapter.to(teacher.device))
-            if _trainable(theirs[-1]):
-                raise DistillError(
-                    'teacher_adapter has parameters to train, with which teacher and student could agree on anything; '
-                    "take one without, e.g. dict(type='ChannelNorm')."
-                )
-            teacher = adapt(theirs[-1], teacher, student, teacher_size)
-            taught.append(teacher)
-            # Some losses compare whatever they are given.
-            compares = term.consumes == 'features' and not term.declared.any_grid
-            adapter = build_adapter(
-                term.adapter if term.projects or compares else None,
-                student,
-                teacher,
-                'adapter',
-                self._resolve,
-                channels=not term.declared.any_channels,
-                image_size=size,
-            )
-            adapters.append(_Identity() if adapter is None else adapter)
-        losses = None
-        if term.declared.built_per_level:
-            # A loss with parts of its own is built once per level, for what the adapter hands it.
-            losses = nn.ModuleList([cast(Extras, term.loss).for_channels(teacher.shape[1]) for teacher in taught])
-        changes = any(not isinstance(a, _Identity) for a in theirs)
-        self._keep(term, nn.ModuleList(adapters), losses, nn.ModuleList(theirs) if changes else None)
-
-    def _keep(
-        self,
-        term: Term,
-        adapters: nn.ModuleList,
-        losses: nn.ModuleList | None = None,
-        theirs: nn.ModuleList | None = None,
-    ) -> None:
-        parts = nn.ModuleDict({'adapters': adapters})
-        if losses is not None:
-            parts['losses'] = losses
-        elif _trainable(term.loss):
-            parts['loss'] = term.loss
-        parts.to(next(self.student.parameters()).device)
-        if _trainable(parts):
-            self.bank.add_module(term.name, parts)
-        else:
-            self._free[term.name] = parts
-        if theirs is not None:
-            self._theirs[term.name] = theirs
-
-    def _has_parts(self, term: Term) -> bool:
-        return term.name in self._free or term.name in self.bank._modules
-
-    def _parts(self, term: Term) -> nn.ModuleDict:
-        parts = self.bank._modules.get(term.name) or self._free.get(term.name, _NONE)
-        assert isinstance(parts, nn.ModuleDict)
-        return parts
-
-    def _adapters(self, term: Term) -> nn.ModuleList:
-        adapters = self._parts(term)['adapters']
-        assert isinstance(adapters, nn.ModuleList)
-        return adapters
-
-    def _losses(self, term: Term) -> nn.ModuleList | None:
-        """The losses of a term by level; None where it has one for all."""
-        parts = self._parts(term)
-        losses = parts['losses'] if 'losses' in parts else None
-        assert losses is None or isinstance(losses, nn.ModuleList)
-        return losses
-
-    def _describe_adapters(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> str:
-        words, losses = [], self._losses(term)
-        for level, (adapter, (student, teacher)) in enumerate(zip(self._adapters(term), pairs, strict=True)):
-            seen = self._as_compared(term, level, student, teacher, batch)
-            found = [_describe(adapter, student, seen)]
-            if losses is not None:
-                own = losses[level]
-                found.append(f'{type(own).__name__} {count(sum(p.numel() for p in own.parameters()))}')
-            theirs = self._theirs.get(term.name)
-            said = ', '.join(word for word in found if word != 'none') or 'none'
-            words.append(said if theirs is None else f'{said}; teacher: {_describe(theirs[level], teacher, student)}')
-        return '; '.join(dict.fromkeys(words)) or 'none'
-
-    def _as_compared(self, term: Term, level: int, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """The teacher's features as the term's ``teacher_adapter`` makes them."""
-        theirs = self._theirs.get(term.name)
-        if theirs is None:
-            return teacher
-        with torch.no_grad():
-            return adapt(theirs[level], teacher, student, batch.teachers[term.teacher.owner].image_size)
 
     # ------------------------------------------------------------------ every iteration
     @torch.no_grad()
@@ -654,13 +554,10 @@ class Session(Apart):
             return (weights.detach() * torch.stack(values)).mean()
 
     def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
-        adapters, losses = self._adapters(term), self._losses(term)
         classes = self.matching.classes_of(term)
         values = []
         for level, (student, teacher) in enumerate(pairs):
-            teacher = self._as_compared(term, level, student, teacher, batch)
-            if len(adapters):
-                student = adapt(adapters[level], student, teacher, batch.student.image_size)
+            student, teacher = self.parts.bring(term, level, student, teacher, batch)
             if term.consumes == 'features' and student.dim() == teacher.dim() == 3:
                 # Channels second, as in maps.
                 student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
@@ -677,7 +574,7 @@ class Session(Apart):
                 pair = align_classes(ClassPredictions(student, kind), ClassPredictions(teacher, kind), known)
                 values.append(self._compare(term, *pair, batch))
                 continue
-            loss = term.loss if losses is None else losses[level]
+            loss = self.parts.loss(term, level)
             # Also for users' own losses: half precision overflows.
             with torch.autocast(student.device.type, enabled=False):
                 if term.declared.needs_target:
@@ -716,7 +613,7 @@ class Session(Apart):
     @property
     def trainable(self) -> bool:
         """Whether there is anything to train besides the student."""
-        return _trainable(self.bank)
+        return trainable(self.bank)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; empty where a checkpoint of the student says it all."""
@@ -807,19 +704,6 @@ def _fit(term: Term, student: Tensor, teacher: Tensor) -> bool:
     return student.dim() == teacher.dim() and student.shape[start:] == teacher.shape[start:]
 
 
-class _Identity(nn.Module):
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return student
-
-
-def _describe(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
-    found = None if isinstance(adapter, _Identity) else adapter
-    return describe_adapter(found, tuple(student.shape), tuple(teacher.shape))
-
-
-_NONE = nn.ModuleDict({'adapters': nn.ModuleList()})
-
-
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """So that a check leaves the statistics of batch normalisation alone, and one image is enough for it."""
@@ -830,10 +714,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-def _trainable(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
 
 
 def _like(inputs: Any, model: nn.Module) -> Tensor:

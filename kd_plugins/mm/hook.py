@@ -14,7 +14,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, resolver_of, summary, untouched_rng
-from kd_plugins.distiller.summary import classes_text, schedule_text
+from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
@@ -25,7 +25,7 @@ from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
 from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
-from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
+from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
 
 STATE = 'kd_plugins'
 
@@ -121,17 +121,7 @@ class DistillHook(Hook):
         compared = host.task is CLASSIFICATION or any(map(self.session.by_class, self.session.teachers))
         names = _dataset_classes(runner) if compared else None
         _refuse_data_set(runner, model, names)
-        classes = {}
-        for name, teacher in self.session.teachers.items():
-            if teacher.own_classes and self.session.by_class(name):
-                classes[name] = pair_classes(
-                    names,
-                    teacher.classes,
-                    options.class_map,
-                    student_count=num_classes(model),
-                    teacher_count=teacher.num_classes,
-                )
-        self.session.set_classes(classes)
+        classes = match_teachers(self.session, names, options, num_classes(model))
         if self.session.pseudo is not None:
             refuse_unlabelled(example[1])
         if example[1] is None:
@@ -151,10 +141,7 @@ class DistillHook(Hook):
                 self.session.teachers,
                 student=type(model).__name__,
                 student_parameters=sum(p.numel() for p in model.parameters()),
-                classes={
-                    n: classes_text(names, t.classes, classes.get(n), self.session.by_class(n))
-                    for n, t in self.session.teachers.items()
-                },
+                classes=classes,
                 schedule=schedule_text(self.session.window, unit, total, self.session.alpha),
                 notes=[*notes, *self.session.notes],
             )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
+from kd_plugins.distiller.summary import classes_text
 from kd_plugins.distiller.terms import Lookup, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.predictions import Classes, match_classes
@@ -166,6 +167,45 @@ def open_session(
         resolve=resolve,
         pseudo=options.pseudo_labels,
     )
+
+
+def match_teachers(
+    session: Session,
+    names: Sequence[str] | None,
+    options: RunOptions,
+    count: int | None,
+    taught: int | Sequence[int] | None = None,
+) -> dict[str, str]:
+    """Tell a session which of the student's classes each teacher knows, where they are compared.
+
+    Args:
+        session: The session, whose heads were checked.
+        names: Names of the student's classes.
+        options: What the run is told.
+        count: Classes the student's head predicts.
+        taught: See :func:`pair_classes`.
+
+    Returns:
+        For the summary, by name of the teacher: how the classes correspond.
+
+    Raises:
+        DistillError: See :func:`pair_classes`.
+    """
+    compared = {n for n, t in session.teachers.items() if session.by_class(n)}
+    found = {
+        name: pair_classes(
+            names,
+            teacher.classes,
+            options.class_map,
+            student_count=count,
+            teacher_count=teacher.num_classes,
+            taught=taught,
+        )
+        for name, teacher in session.teachers.items()
+        if name in compared and teacher.own_classes
+    }
+    session.set_classes(found)
+    return {n: classes_text(names, t.classes, found.get(n), n in compared) for n, t in session.teachers.items()}
 
 
 def pair_classes(

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Position, Session, build_terms, find_module, resolver_of, summary, untouched_rng
-from kd_plugins.distiller.summary import classes_text, schedule_text
+from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
-from kd_plugins.teachers.run import RunOptions, load_teachers, open_session, pair_classes
+from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
 from kd_plugins.yolo.example import example_batch
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
 from kd_plugins.yolo.host import UltralyticsHost
@@ -147,18 +147,8 @@ class DistillCallback:
         _refuse_other_tasks(session, host)
         session.check_heads()
         names = class_names(trainer.data.get('names'))
-        classes = {}
-        for name, teacher in session.teachers.items():
-            if teacher.own_classes and session.by_class(name):
-                classes[name] = pair_classes(
-                    names,
-                    teacher.classes,
-                    options.class_map,
-                    student_count=class_count(student),
-                    teacher_count=teacher.num_classes,
-                    taught=host.task.trained(trainer.args.classes),
-                )
-        session.set_classes(classes)
+        taught = host.task.trained(trainer.args.classes)
+        classes = match_teachers(session, names, options, class_count(student), taught)
         # With a limit of time the number of epochs is found out on the way.
         if session.window.start >= trainer.epochs and not trainer.args.time:
             raise DistillError(
@@ -177,10 +167,7 @@ class DistillCallback:
                 session.teachers,
                 student=f'{type(student).__name__} ({trainer.args.model})',
                 student_parameters=sum(p.numel() for p in student.parameters()),
-                classes={
-                    n: classes_text(names, t.classes, classes.get(n), session.by_class(n))
-                    for n, t in session.teachers.items()
-                },
+                classes=classes,
                 schedule=schedule_text(session.window, 'epoch', trainer.epochs, session.alpha),
                 notes=[*notes, *session.notes, *host.task.notes],
             )
