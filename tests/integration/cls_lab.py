@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from PIL import Image, ImageDraw
+from torch import nn
 
 from tests.integration.lab import Lab
+from tests.integration.promises import Case
 
 CLASSES = ('bar', 'circle', 'cross', 'square')  # sorted, as folders are
 SIZE = 32  # side of the images, in pixels
@@ -54,14 +56,32 @@ randomness = dict(seed=0)
 LOGITS = dict(loss=dict(type='KLDivLoss'), student='logits', teacher='logits')
 TOKEN = dict(loss=dict(type='HardLabelLoss'), student='dist_logits', teacher='logits')
 FEATURES = dict(loss=dict(type='FeatureMSELoss'), student='stages[-1]', teacher='stages[-1]')
+NORMED = {**FEATURES, 'adapter': dict(type='auto', norm=True)}
+PROJECTED = dict(loss=dict(type='OFALoss'), student='stages[-2]', teacher='logits', adapter=dict(type='LogitProjector'))
+
+# Draws from every generator there is, in the data set, in the data preprocessor and in the network.
+AUGMENTED = """
+model.update(drop_rate=0.1, drop_path_rate=0.2, label_smoothing=0.1, random_erasing=dict(probability=0.9, mode='pixel'),
+             mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, mode='elem'))
+train_dataloader['dataset']['transform'] = dict(
+    model='vit_tiny_patch16_224', input_size=32, training=True, auto_augment='rand-m9-mstd0.5-inc1')
+"""
+# Draws from none, as MMEngine does not restore them.
+DETERMINISTIC = "train_dataloader['dataset']['transform'] = None\n"
 
 
 class ClsLab(Lab):
     """Writes and runs configs of classifiers, see `Lab`. A run has one epoch of 4 iterations."""
 
+    NAME = 'classification'
+    BF16 = 0.05
+    METRIC = 'accuracy/top1'
     MODELS = _MODELS
     RUN = _RUN
     CLASSES = CLASSES
+    SIZE = SIZE
+    TRUNK = 'net'
+    HEADS = ('net.head.weight', 'net.head_dist.weight')
 
     @staticmethod
     def write_data(root: Path) -> None:
@@ -93,6 +113,45 @@ class ClsLab(Lab):
     def teacher(self, family: str = 'resnet', width: int = 16, **options: Any) -> dict:
         """See `Lab.teacher`."""
         return super().teacher(family, width, **options)
+
+    @staticmethod
+    def network(config: Config) -> dict[str, Any]:
+        """The options with which timm itself builds the network of a config."""
+        ours = ('type', 'model', 'input_size', 'label_smoothing', 'random_erasing', 'mixup')
+        size = {} if 'resnet' in config.model.model else dict(img_size=SIZE)
+        return {**{k: v for k, v in config.model.items() if k not in ours}, **size}
+
+    def own_test(self, config: str, checkpoint: Path) -> tuple[Any, ...]:
+        """See `Lab.own_test`: MMEngine's Runner, in which the model is built as the config says."""
+
+        def run(arguments: list[str]) -> None:
+            path, weights, _, work_dir, _, name = arguments
+            loaded = Config.fromfile(path)
+            loaded.update(load_from=weights, work_dir=work_dir, experiment_name=name.partition('=')[2])
+            self.runner(loaded).test()
+
+        return run, config, checkpoint
+
+    @classmethod
+    def assert_metrics(cls, metrics: dict[str, float], case: Case) -> None:
+        """What a test measures is possible, and says how the heads of a token fare on their own."""
+        assert 0 <= metrics[cls.METRIC] <= metrics['accuracy/top3'] <= 100
+        assert (f'{cls.METRIC}_distillation_head' in metrics) == (case.family == 'deit')
+
+    @staticmethod
+    def slack(adapters: int) -> dict[str, float]:
+        """See `Lab.slack`; every tensor has an entry in the archive."""
+        return dict(rel=0.02, abs=1024 * adapters)
+
+    @staticmethod
+    def is_changed(model: nn.Module) -> bool:
+        """See `Lab.is_changed`: where a token is taught, the labels teach the class head alone."""
+        return Lab.is_changed(model) or model.separate_heads
+
+    @staticmethod
+    def taps(teacher: Any) -> tuple[str, ...]:
+        """See `Lab.taps`."""
+        return (teacher.head,)
 
     @staticmethod
     def hook_form(config: Config, teacher: dict, terms: dict | None = None, **options: Any) -> Config:

@@ -1,5 +1,6 @@
 """Fixtures of the real runs."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import pytest
 
 HERE = Path(__file__).parent
 #: Files that take a minute or more, begun first, so that all workers end at about the same time.
-LONG = ('test_comparison', 'test_yolo_training', 'test_options', 'test_yolo_matrix', 'test_yolo_cli', 'test_bad_input')
+LONG = (
+    'test_promises',
+    'test_comparison',
+    'test_yolo_training',
+    'test_options',
+    'test_yolo_matrix',
+    'test_yolo_cli',
+    'test_bad_input',
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -27,24 +36,26 @@ def quick_runs_apart():
 
 
 @pytest.fixture(scope='session')
-def lab(tmp_path_factory):
-    """Data, configs and ways to run them (one set for all real runs)."""
-    from tests.integration.lab import Lab
+def labs(tmp_path_factory):
+    """``labs(name)``: data, configs and ways to run them; one set of each kind for all real runs."""
+    from tests.integration.labs import LABS
 
-    return Lab(tmp_path_factory.mktemp('lab'))
-
-
-@pytest.fixture(scope='session')
-def seg_lab(tmp_path_factory):
-    """The same for segmentors."""
-    from tests.integration.seg_lab import SegLab
-
-    return SegLab(tmp_path_factory.mktemp('seg_lab'))
+    return functools.cache(lambda name: LABS[name](tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope='session')
-def cls_lab(tmp_path_factory):
-    """The same for classifiers."""
-    from tests.integration.cls_lab import ClsLab
+def lab(labs):
+    """That of detectors."""
+    return labs('detection')
 
-    return ClsLab(tmp_path_factory.mktemp('cls_lab'))
+
+@pytest.fixture(scope='session')
+def seg_lab(labs):
+    """That of segmentors."""
+    return labs('segmentation')
+
+
+@pytest.fixture(scope='session')
+def cls_lab(labs):
+    """That of classifiers."""
+    return labs('classification')

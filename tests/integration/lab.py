@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 import types
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yapf.yapflib.yapf_api
 from mmengine.config import Config
@@ -23,10 +23,12 @@ from mmengine.dataset import base_dataset
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, load_checkpoint
 from PIL import Image, ImageDraw
 
-REPO = Path(__file__).resolve().parents[2]
+from kd_plugins.teachers.base import ModelTeacher
+from tests.integration.promises import Case, Record, Step, pickled_modules, read, run, tensors
+
 CLASSES = ('circle', 'square', 'bar')
 SIZE = 96  # longer side of the images, in pixels
 IMAGES = 8  # of different shapes, so that batches are padded
@@ -109,8 +111,17 @@ model['backbone'] = dict(
 model['neck'] = dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=dict(type='BN'))
 """
 
+# Flips are drawn from a generator that MMEngine does not restore.
+DETERMINISTIC = """
+pipeline[3]['prob'] = 0.0
+train_dataloader['dataset']['pipeline'][3]['prob'] = 0.0
+"""
+
 LOGITS = dict(loss=dict(type='YOLOLogitLoss'), student='bbox_head', teacher='bbox_head')
 FEATURES = dict(loss=dict(type='FeatureMSELoss'), student='neck', teacher='neck')
+NORMED = {**FEATURES, 'adapter': dict(type='auto', norm=True)}
+EARLY = {**FEATURES, 'student': 'backbone[0]', 'teacher': 'backbone[0]'}
+SCORES = dict(loss=dict(type='BinaryKLDivLoss'), student='bbox_head', teacher='bbox_head')
 
 
 def skip_overhead() -> None:
@@ -170,6 +181,59 @@ class Probe(Hook):
             self.check(runner)
 
 
+def session_of(runner: Runner):
+    """The distillation of a run, None of a plain one."""
+    return next((h.session for h in runner.hooks if type(h).__name__ == 'DistillHook'), None)
+
+
+class Notes(Hook):
+    """Fills a record during a run; see `Lab.record` for its options."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, record: Record, lab: Lab, keep: bool = False, check: Any = None, before: Any = None) -> None:
+        self.record, self.lab, self.keep, self.check, self.before = record, lab, keep, check, before
+        self.image = torch.rand(2, 3, lab.SIZE, lab.SIZE, generator=torch.Generator().manual_seed(0))
+        self.handles: list[Any] = []
+
+    def before_train(self, runner) -> None:
+        model, record = student_of(runner), self.record
+        record.begin(session_of(runner))
+
+        def saw(preprocessor, args, output):
+            if preprocessor.training:
+                record.inputs.append(output['inputs'].clone())
+
+        def tapped(trunk, args):
+            # Not the trunk's own mode: timm shows both heads of a token in that of training alone.
+            record.tapped[model.training] += self.lab.is_changed(model)
+
+        self.handles = [
+            model.data_preprocessor.register_forward_hook(saw),
+            getattr(model, self.lab.TRUNK).register_forward_pre_hook(tapped),
+        ]
+        if self.before is not None:
+            self.before(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        step = self.lab.step(outputs)
+        self.record.step(student_of(runner), step, self.image, self.lab.taps)
+        if self.keep:
+            self.record.states.append(weights(runner))
+        if self.check is not None:
+            self.check(runner)
+
+    def before_val_epoch(self, runner) -> None:
+        self.record.begin_validation()
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self.record.end_validation(metrics)
+
+    def after_train(self, runner) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
 class Lab:
     """Writes configs and runs them.
 
@@ -177,14 +241,19 @@ class Lab:
         root: An empty folder for data, configs and runs.
     """
 
+    NAME = 'detection'
     MODELS = _MODELS
     RUN = _RUN
     CLASSES = CLASSES
+    SIZE = SIZE
+    TRUNK = 'backbone'  # what every forward of a student runs
+    HEADS = ('bbox_head.multi_level_conv_cls.0.weight', 'bbox_head.multi_level_conv_reg.0.weight')
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._numbers = itertools.count()
         self._teachers: dict[Any, dict[str, str]] = {}
+        self._records: dict[str, Record] = {}
         self.write_data(root)
 
     @staticmethod
@@ -228,8 +297,24 @@ class Lab:
         config.merge_from_dict({k.replace('__', '.'): v for k, v in options.items()})
         return config
 
-    def teacher(self, family: str = 'yolox', width: int = 8, *, extra: str = '', classes: int | None = None) -> dict:
-        """``dict(config=, checkpoint=)`` of a bigger network with random, but not initial, weights."""
+    def teacher(
+        self,
+        family: str = 'yolox',
+        width: int = 8,
+        *,
+        extra: str = '',
+        classes: int | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> dict:
+        """``dict(config=, checkpoint=)`` of a bigger network with random, but not initial, weights.
+
+        Args:
+            family: As in `plain`.
+            width: As in `file`.
+            extra: As in `file`.
+            classes: As in `file`.
+            names: What its classes are said to be.
+        """
         key = (family, width, extra, classes)
         if key not in self._teachers:
             path = self.file(family, width, extra, classes)
@@ -243,7 +328,7 @@ class Lab:
             checkpoint = path.with_suffix('.pth')
             torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
             self._teachers[key] = dict(config=str(path), checkpoint=str(checkpoint))
-        return dict(self._teachers[key])
+        return dict(self._teachers[key], **({} if names is None else dict(classes=names)))
 
     @staticmethod
     def hook_form(config: Config, teacher: dict, terms: dict | None = None, **options: Any) -> Config:
@@ -273,6 +358,213 @@ class Lab:
         config.dump(path)
         return str(path)
 
+    # ------------------------------------------------------------------ promises
+    #: How far KD losses of a bf16 run may be from those of a float32 run.
+    BF16 = 0.1
+    session = staticmethod(session_of)
+    #: What the losses of distillation are multiplied with in the total.
+    scale = 1
+
+    @staticmethod
+    def is_tapped(case: Case) -> bool:
+        """Whether the student's modules are tapped during a forward."""
+        return True
+
+    @staticmethod
+    def is_changed(model: torch.nn.Module) -> bool:
+        """Whether a student is not what it is without distillation."""
+        return any('forward' in m.__dict__ for m in model.modules())
+
+    @staticmethod
+    def taps(teacher: ModelTeacher) -> tuple[str, ...]:
+        """Modules of a teacher that show whether it is at rest: dropout and statistics are in or before them."""
+        return 'neck', teacher.head
+
+    def plain_of(self, case: Case) -> Config:
+        """The plain run of a case."""
+        return self.plain(case.family, **case.options)
+
+    def distil(self, case: Case, config: Config | None = None, teacher: dict | None = None) -> Config:
+        """The distilled run of a case; ``config`` and ``teacher`` instead of its own."""
+        config = self.plain_of(case) if config is None else config
+        teacher = self.teacher(**case.teacher) if teacher is None else teacher
+        return getattr(self, case.form)(config, teacher, case.terms, **case.distill)
+
+    def record(
+        self,
+        config: Config,
+        *,
+        keep: bool = False,
+        check: Callable[[Runner], None] | None = None,
+        before: Callable[[Runner], None] | None = None,
+    ) -> Record:
+        """Train in this process and note what happens.
+
+        Args:
+            config: Of the run.
+            keep: Whether weights are kept after every iteration.
+            check: ``check(runner)`` is called after each.
+            before: ``before(runner)`` is called before the first.
+        """
+        record = Record()
+        with record.counting():
+            runner = self.runner(config, Notes(record, self, keep, check, before))
+            runner.train()
+        record.end()
+        record.run, record.model, record.weights = runner, student_of(runner), weights(runner)
+        record.optimized = [p for g in runner.optim_wrapper.param_groups for p in g['params']]
+        record.files = sorted(Path(runner.work_dir).glob('*_[0-9].pth'))
+        for average in [h.ema_model for h in runner.hooks if type(h).__name__ == 'EMAHook']:
+            record.averaged, record.updates = average.module, int(average.steps)
+        return record
+
+    def once(self, config: Config, **options: Any) -> Record:
+        """`record`, but for configs that differ in nothing but where they are run the same record."""
+        content = {k: v for k, v in config.to_dict().items() if k not in ('work_dir', 'experiment_name')}
+        key = repr(content)
+        if key not in self._records:
+            self._records[key] = self.record(config, **options)
+        return self._records[key]
+
+    def pair(self, case: Case) -> tuple[Record, Record]:
+        """The plain run of a case and its distilled one, trained once each."""
+        return self.once(self.plain_of(case)), self.once(self.distil(case))
+
+    @staticmethod
+    def step(log: Mapping[str, Any]) -> Step:
+        """What an iteration logged, by what it is."""
+        values = {k: float(v) for k, v in log.items()}
+        kd = {k: v for k, v in values.items() if 'kd' in k}
+        return Step(values['loss'], {k: v for k, v in values.items() if k not in kd and k != 'loss'}, kd)
+
+    @staticmethod
+    def adapter_groups(runner: Runner) -> list[tuple[float, float]]:
+        """Rates and decays with which adapters are trained; none where nothing is."""
+        session = session_of(runner)
+        optimizer = session and session.optimizer
+        return [(g['lr'], g['weight_decay']) for g in optimizer.own.param_groups] if optimizer else []
+
+    @staticmethod
+    def predictions(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+        """What a student says of images."""
+        return tensors(model(images))
+
+    @staticmethod
+    def files(teacher: Mapping[str, Any]) -> list[str]:
+        """The files of a teacher."""
+        return [teacher['config'], teacher['checkpoint']]
+
+    # What test_scripts.py asks for.
+    FRAMEWORK = 'mmdet'
+    METRIC = 'coco/bbox_mAP'
+    TTA = 'DetTTAModel'
+
+    @property
+    def tools(self) -> Path:
+        """The framework's own scripts."""
+        return Path(importlib.import_module(self.FRAMEWORK).__file__).parent / '.mim' / 'tools'
+
+    def own_test(self, config: str, checkpoint: Path) -> tuple[Any, ...]:
+        """What tests a config in the framework's own way, and its arguments."""
+        return self.tools / 'test.py', config, checkpoint
+
+    @staticmethod
+    def tta(config: Config) -> Config:
+        """The config with a test-time augmentation of a few small images."""
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        resize = dict(type='Resize', scale=(SIZE, SIZE), keep_ratio=True)
+        boxes, pack = dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs', meta_keys=keys)
+        transforms = [[resize], flips, [boxes], [pack]]
+        config.tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=transforms)]
+        return config
+
+    def interrupted(self, config: Config, iteration: int) -> Config:
+        """Train until an iteration ends, and return what resumes."""
+        config = self.named(config, '_interrupted')
+
+        def die(runner: Runner) -> None:
+            if runner.iter + 1 == iteration:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.record(config, check=die)
+        config.resume, config.experiment_name = True, config.experiment_name + '_resumed'
+        return config
+
+    def as_written(self, config: Config) -> Config:
+        """The config as a child process reads it: MMEngine sorts what it writes, and the order of terms is that of
+        the summands of a loss."""
+        return Config.fromfile(self.dump(config))
+
+    def in_child(self, config: Config, suffix: str) -> Config:
+        """A copy for a child process, with the hooks that only these have."""
+        config = self.named(config, suffix)
+        config.custom_imports = dict(imports=['tests.integration.child_hooks'], allow_failed_imports=False)
+        return config
+
+    @staticmethod
+    def named(config: Config, suffix: str) -> Config:
+        """A copy under a name of its own."""
+        return _renamed(copy.deepcopy(config), suffix)
+
+    # What the promises of a checkpoint ask for.
+    #: Entries that a run has which trains more than its student.
+    EXTRA = frozenset({'kd_plugins'})
+    #: How a process without this package opens files.
+    OPEN = "import torch\nassert all(torch.load(f, weights_only=False)['state_dict'] for f in files)"
+
+    @staticmethod
+    def saved(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+        """The state dicts in a checkpoint."""
+        content = read(path)
+        return {k: content[k] for k in ('state_dict', 'ema_state_dict')}
+
+    @staticmethod
+    def entries(path: Path) -> set[str]:
+        """What a checkpoint holds."""
+        return set(read(path))
+
+    @staticmethod
+    def saved_adapters(record: Record) -> dict[str, torch.Tensor]:
+        """What a run saved of what it trained besides its student."""
+        return read(record.files[-1])['kd_plugins']['adapters']
+
+    @classmethod
+    def assert_size(cls, path: Path, plain: Path) -> None:
+        """A checkpoint has the size of a plain run's and that of its adapters and their momentum."""
+        adapters = read(path).get('kd_plugins', {}).get('adapters', {})
+        size = path.stat().st_size - 2 * 4 * sum(v.numel() for v in adapters.values())
+        assert size == pytest.approx(plain.stat().st_size, **cls.slack(len(adapters)))
+
+    @staticmethod
+    def slack(adapters: int) -> dict[str, float]:
+        """How far off a size may be, by the number of tensors that are saved besides."""
+        return dict(rel=0.01)
+
+    @staticmethod
+    def traces(path: Path) -> list[str]:
+        """Names of this package for which a checkpoint would need it."""
+        found = pickled_modules(path)
+        assert 'torch._utils' in found
+        return [m for m in found if m.startswith(('kd_plugins', 'tests'))]
+
+    def load(self, path: Path, case: Case) -> torch.nn.Module:
+        """A plain student with a checkpoint's weights, loaded as strictly as the framework can."""
+        model = self.build(self.plain_of(case), seed=3)
+        load_checkpoint(model, str(path), strict=True)
+        return model.eval()
+
+    def served(self, case: Case, record: Record) -> torch.nn.Module:
+        """What is built from the distilled config for a test, with the weights of its last checkpoint."""
+        model = self.build(self.distil(case))
+        load_checkpoint(model, str(record.files[-1]), strict=True)
+        return model.eval()
+
+    def stored_teacher(self, case: Case) -> dict[str, torch.Tensor]:
+        """The weights in the file of a case's teacher."""
+        return read(self.teacher(**case.teacher)['checkpoint'])['state_dict']
+
     # ------------------------------------------------------------------ running
     @staticmethod
     def build(config: Config, seed: int = 0) -> torch.nn.Module:
@@ -297,21 +589,7 @@ class Lab:
         runner.train()
         return runner
 
-    @staticmethod
-    def run(*command: str, cwd: Path | None = None, check: bool = True, **environment: str):
-        """Run a Python script in a child process; its output, both streams together, is in ``stdout``."""
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=cwd or REPO,
-            env={**os.environ, 'PYTHONPATH': str(REPO), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=800,
-        )
-        if check and done.returncode:
-            raise AssertionError(f'{command} ended with {done.returncode}:\n{done.stdout[-4000:]}')
-        return done
+    run = staticmethod(run)
 
 
 def _renamed(config: Config, suffix: str) -> Config:
@@ -325,6 +603,11 @@ def distill_hook(runner: Runner):
     return next(h for h in runner.hooks if type(h).__name__ == 'DistillHook')
 
 
+def student_of(runner: Runner) -> torch.nn.Module:
+    """The student, outside DDP."""
+    return getattr(runner.model, 'module', runner.model)
+
+
 def ema(runner: Runner) -> torch.nn.Module:
     """The EMA copy of a run."""
     return next(h for h in runner.hooks if type(h).__name__ == 'EMAHook').ema_model
@@ -332,18 +615,11 @@ def ema(runner: Runner) -> torch.nn.Module:
 
 def weights(runner: Runner) -> dict[str, torch.Tensor]:
     """Parameters and buffers of student and EMA copy, without adapters."""
-    model = getattr(runner.model, 'module', runner.model)
-    state = {f'student.{k}': v.clone() for k, v in model.state_dict().items()}
-    return {**state, **{f'ema.{k}': v.clone() for k, v in ema(runner).state_dict().items()}}
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest deviation per key where two states are not bit-identical; keys of one side only are infinitely far."""
-    far = {k: float('inf') for k in set(one) ^ set(other)}
-    for key in set(one) & set(other):
-        if not torch.equal(one[key], other[key]):
-            far[key] = (one[key].double() - other[key].double()).abs().max().item()
-    return far
+    models = {'student': student_of(runner)}
+    for hook in runner.hooks:
+        if type(hook).__name__ == 'EMAHook':
+            models['ema'] = hook.ema_model
+    return {f'{name}.{k}': v.clone() for name, model in models.items() for k, v in model.state_dict().items()}
 
 
 def _write_images(root: Path) -> None:

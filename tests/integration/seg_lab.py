@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from PIL import Image, ImageDraw
+from torch import nn
 
 from kd_plugins.mm.configs import resolve_config
 from tests.integration.lab import Lab
+from tests.integration.promises import Case
 
 CLASSES = ('ground', 'circle', 'square', 'bar')
 SIZE = 64  # longer side of the images, in pixels
@@ -96,14 +98,39 @@ randomness = dict(seed=0)
 
 LOGITS = dict(loss=dict(type='PixelwiseKLDivLoss'), student='decode_head', teacher='decode_head')
 FEATURES = dict(loss=dict(type='FeatureMSELoss'), student='backbone[2]', teacher='backbone[2]')
+NORMED = {**FEATURES, 'adapter': dict(type='auto', norm=True)}
+CWD = {**LOGITS, 'loss': dict(type='ChannelWiseDivLoss')}
+MGD = dict(loss=dict(type='MGDLoss'), student='backbone[3]', teacher='backbone[3]')
+
+# Neither dropout nor flips, whose generators MMEngine does not restore.
+DETERMINISTIC = """
+for part in ('decode_head', 'auxiliary_head'):
+    model[part]['dropout_ratio'] = 0.0
+pipeline[2]['prob'] = 0.0
+train_dataloader['dataset']['pipeline'][2]['prob'] = 0.0
+del part
+"""
+# Results depend neither on how images are spread over batches nor on how often a forward is run.
+GROUP_NORM = """
+for part in ('backbone', 'decode_head', 'auxiliary_head'):
+    model[part]['norm_cfg'] = dict(_delete_=True, type='GN', num_groups=2)
+del part
+"""
 
 
 class SegLab(Lab):
     """Writes and runs configs of segmentors, see `Lab`."""
 
+    NAME = 'segmentation'
+    BF16 = 0.05
+    FRAMEWORK = 'mmseg'
+    METRIC = 'mIoU'
+    TTA = 'SegTTAModel'
     MODELS = _MODELS
     RUN = _RUN
     CLASSES = CLASSES
+    SIZE = SIZE
+    HEADS = ('decode_head.conv_seg.weight', 'auxiliary_head.conv_seg.weight')
 
     @staticmethod
     def write_data(root: Path) -> None:
@@ -139,6 +166,28 @@ class SegLab(Lab):
     def teacher(self, family: str = 'fcn', width: int = 16, **options: Any) -> dict:
         """See `Lab.teacher`."""
         return super().teacher(family, width, **options)
+
+    @staticmethod
+    def tta(config: Config) -> Config:
+        """See `Lab.tta`: mmseg's own with one size instead of six."""
+        config.tta_pipeline[1].transforms[0] = [dict(type='Resize', scale_factor=1.5, keep_ratio=True)]
+        return config
+
+    @classmethod
+    def assert_metrics(cls, metrics: dict[str, float], case: Case) -> None:
+        """What a test measures is possible."""
+        assert 0 <= metrics[cls.METRIC] <= 100
+
+    @staticmethod
+    def slack(adapters: int) -> dict[str, float]:
+        """See `Lab.slack`."""
+        return dict(rel=0.02)
+
+    @staticmethod
+    def taps(teacher: Any) -> tuple[str, ...]:
+        """See `Lab.taps`."""
+        last = '.1' if isinstance(teacher.model.decode_head, nn.ModuleList) else ''
+        return 'backbone', f'decode_head{last}'
 
     @staticmethod
     def hook_form(config: Config, teacher: dict, terms: dict | None = None, **options: Any) -> Config:

@@ -15,7 +15,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.mm import TimmClassifier
 from kd_plugins.teachers import find_weights, load_checkpoint
 from tests.integration.cls_lab import CLASSES, FEATURES, LOGITS, SIZE, TOKEN
-from tests.integration.lab import Probe, difference, distill_hook, ema, weights
+from tests.integration.lab import Probe, distill_hook, ema, weights
+from tests.integration.promises import difference
 
 #: One small model of every family of timm that has a distillation token.
 TOKENS = {

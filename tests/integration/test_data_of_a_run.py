@@ -12,8 +12,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from kd_plugins.errors import DistillError
-from tests.integration.lab import CLASSES, FEATURES, Probe, difference, distill_hook, weights
-from tests.integration.test_equality import zero
+from tests.integration.lab import CLASSES, FEATURES, Probe, distill_hook, weights
+from tests.integration.promises import difference, weighted
 
 KL = dict(logits=dict(loss=dict(type='BinaryKLDivLoss'), student='head', teacher='head'))
 
@@ -44,7 +44,7 @@ def test_weight_zero_equals_the_plain_run_where_the_pipeline_has_a_memory(lab, e
     config = lab.plain(extra=extra, steps=3)
     plain, distilled = Probe(), Probe()
     one = lab.train(config, plain)
-    other = lab.train(lab.hook_form(config, lab.teacher(), dict(features=zero(FEATURES))), distilled)
+    other = lab.train(lab.hook_form(config, lab.teacher(), weighted(dict(features=FEATURES), 0.0)), distilled)
     assert difference(weights(one), weights(other)) == {}
     for ours, without in zip(distilled.logs, plain.logs, strict=True):
         assert {k: v for k, v in ours.items() if 'kd' not in k} == without

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from tests.integration.lab import LOGITS, Probe, difference, distill_hook, weights
+from tests.integration.lab import LOGITS, Probe, distill_hook, weights
+from tests.integration.promises import difference
 
 EMA = dict(ema=0.1)
 #: Also a feature, with an adapter to train beside the average.

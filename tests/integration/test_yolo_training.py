@@ -1,12 +1,10 @@
 """Distilled runs of Ultralytics' own trainer: what is logged, saved, restored, and what a plain run would be."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -130,76 +128,6 @@ def test_student_comes_closer_to_the_teacher(distilled, data, tmp_path):
     assert found[KD[0]][-1] < 0.95 * found[KD[0]][0]
     # How near the boxes are after an epoch of two steps varies a lot between processors, therefore over several.
     assert all(sum(found[column][5:]) < 0.95 * sum(plain[column][5:]) / small for column in KD)
-
-
-NECK = dict(loss=dict(type='MGDLoss'), student='neck', teacher='neck', weight=0)
-
-
-@pytest.mark.parametrize('cfg', ['yolo11n.yaml', 'yolo26n.yaml'])
-def test_weight_zero_is_bit_by_bit_the_plain_run(distilled, data, tmp_path, cfg):
-    """Also with adapters, which are no part of the student's optimizer, nor of what draws random numbers."""
-    plain = train(new_model(cfg), data, tmp_path, 'plain', epochs=2)
-    expected = weights_hash(plain / 'weights/last.pt')
-    model, _ = distilled(cfg, cls=0, box=0)
-    zero = train(model, data, tmp_path, 'zero', epochs=2)
-    model, _ = distilled(cfg, terms=dict(neck=NECK))
-    neck = train(model, data, tmp_path, 'neck', epochs=2)
-    model, _ = distilled(cfg)
-    full = train(model, data, tmp_path, 'full', epochs=2)
-    assert weights_hash(zero / 'weights/last.pt') == weights_hash(neck / 'weights/last.pt') == expected
-    assert weights_hash(full / 'weights/last.pt') != expected
-    assert results(zero)[KD[0]] == [0, 0] and results(neck)['train/kdnec_loss'] == [0, 0]
-
-
-def test_start_and_stop(distilled, data, tmp_path):
-    model, callback = distilled(start=1, stop=2)
-    spy = Spy(model, callback)
-    found = results(train(model, data, tmp_path, epochs=3))
-    assert [v > 0 for v in found[KD[0]]] == [False, True, False] and set(spy.calls) == {1}
-
-
-def test_schedule_of_a_weight(distilled, data, tmp_path):
-    model, _ = distilled(cls=dict(type='linear', start=1.0, end=0.0), box=0)
-    found = results(train(model, data, tmp_path, epochs=3, lr0=1e-9, mosaic=0.0, val=False))
-    first, second, third = found[KD[0]]
-    # Two batches per epoch: progress 0, 1/6, 2/6, ... of the run.
-    assert second / first == pytest.approx((7 / 12) / (11 / 12), rel=0.05)
-    assert third / first == pytest.approx((3 / 12) / (11 / 12), rel=0.05)
-    assert KD[1] not in found
-
-
-def test_saved_models_are_plain(distilled, data, tmp_path):
-    """Also in the middle of a run: no name of ours, no teacher, a plain one's size, loads without us and safely."""
-    sizes = {}
-    for name, make in (('plain', lambda: new_model('yolo11n.yaml')), ('kd', lambda: distilled()[0])):
-        model = make()
-        model.add_callback('on_model_save', lambda t: shutil.copy(t.last, t.save_dir / f'mid{t.epoch}.pt'))
-        run = train(model, data, tmp_path, name, epochs=2)
-        sizes[name] = [(run / f).stat().st_size for f in ('mid0.pt', 'mid1.pt', 'weights/last.pt', 'weights/best.pt')]
-    assert all(abs(a - b) < 4096 for a, b in zip(sizes['plain'], sizes['kd'], strict=True)), sizes
-    for file in ('mid0.pt', 'mid1.pt', 'weights/last.pt', 'weights/best.pt'):
-        with zipfile.ZipFile(run / file) as archive:
-            pickled = next(archive.read(n) for n in archive.namelist() if n.endswith('data.pkl'))
-        assert b'kd_plugins' not in pickled and b'KDCriterion' not in pickled
-        code = f"""
-            import sys
-            sys.modules['kd_plugins'] = None
-            from ultralytics.nn.tasks import torch_safe_load
-            from ultralytics import YOLO
-            torch_safe_load({str(run / file)!r}, safe_only=True)
-            assert YOLO({str(run / file)!r}).names[0] == 'red'
-        """
-        subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, cwd=tmp_path)
-
-
-def test_trained_student_predicts_without_us(distilled, data, tmp_path):
-    from ultralytics import YOLO
-
-    model, _ = distilled()
-    run = train(model, data, tmp_path)
-    image = torch.rand(1, 3, 64, 64)
-    ours = model.model.eval()(image)[0]
-    torch.testing.assert_close(YOLO(run / 'weights/best.pt').model.eval()(image)[0], ours)
 
 
 def test_export_to_onnx(distilled, data, tmp_path):

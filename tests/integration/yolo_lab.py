@@ -3,8 +3,13 @@
 import hashlib
 import os
 import random
+import shutil
 import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before ultralytics is imported: its settings and fonts go to a throw-away folder, and it asks nobody for updates.
 if 'YOLO_CONFIG_DIR' not in os.environ:
@@ -15,6 +20,8 @@ os.environ.setdefault('YOLO_VERBOSE', 'true')
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+
+from tests.integration.promises import Case, Record, Step, run
 
 #: Classes of the synthetic pictures, by the colour of their rectangles.
 COLOURS = {'red': (220, 40, 40), 'green': (40, 200, 60), 'blue': (50, 70, 230)}
@@ -213,3 +220,222 @@ def results(run):
     header = [h.strip() for h in lines[0].split(',')]
     rows = [[float(v) for v in line.split(',')] for line in lines[1:]]
     return {h: [row[i] for row in rows] for i, h in enumerate(header)}
+
+
+# ---------------------------------------------------------------------- promises
+@dataclass
+class Plan:
+    """A run that has not begun.
+
+    Args:
+        cfg: The student's yaml.
+        options: Of ``train``.
+        distill: Options of the callback; None: a plain run.
+    """
+
+    cfg: str
+    options: dict[str, Any]
+    distill: dict[str, Any] | None = None
+
+
+class YoloLab:
+    """What `Lab` is for MMEngine's models, for those of Ultralytics.
+
+    Args:
+        root: An empty folder for data, teachers and runs.
+    """
+
+    NAME = 'yolo'
+    SIZE = 64
+    METRIC = 'metrics/mAP50-95(B)'
+    run = staticmethod(run)
+    #: What the losses of distillation are multiplied with in the total: the size of the batch.
+    scale = RUN['batch']
+    EXTRA: frozenset = frozenset()
+    OPEN = """
+from ultralytics import YOLO
+from ultralytics.nn.tasks import torch_safe_load
+for file in files:
+    torch_safe_load(file, safe_only=True)
+    assert YOLO(file).names[0] == 'red'
+"""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.data = write_data(self.root / 'data', empty=2)
+        self._runs = 0
+        self._records: dict[str, Record] = {}
+
+    # ------------------------------------------------------------------ runs
+    def plain(self, family: str = 'yolo11n.yaml', **options: Any) -> Plan:
+        """A plain run; ``options`` are those of ``train``."""
+        return Plan(family, options)
+
+    def teacher(self, family: str = 'yolov8n.yaml') -> str:
+        """The file of a teacher; ``'small'`` is one of a few layers, of other widths than any of Ultralytics' own."""
+        file = self.root / f'{Path(family).stem}.pt'
+        if not file.exists():
+            cfg = write_small(self.root / 'small.yaml', (24, 48, 64)) if family == 'small' else family
+            save_teacher(file, cfg)
+        return str(file)
+
+    def plain_of(self, case: Case) -> Plan:
+        """The plain run of a case."""
+        return self.plain(case.family, **case.options)
+
+    def distil(self, case: Case) -> Plan:
+        """The distilled run of a case."""
+        full = {k: v for k, v in case.terms.items() if isinstance(v, Mapping) and 'loss' in v}
+        short = {k: v for k, v in case.terms.items() if k not in full}
+        given = dict(teacher=self.teacher(**case.teacher), **short, **case.distill)
+        return Plan(case.family, dict(case.options), {**given, **(dict(terms=full) if full else {})})
+
+    def record(self, plan: Plan, *, keep: bool = False) -> Record:
+        """Train in this process and note what happens, see `Lab.record`."""
+        from kd_plugins.yolo import DistillCallback
+
+        record = Record()
+        model = new_model(plan.cfg)
+        callback = None if plan.distill is None else DistillCallback(**plan.distill).register(model)
+        image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+        def start(trainer: Any) -> None:
+            record.run = trainer
+            record.begin(callback and callback.session)
+            inner = trainer.preprocess_batch
+
+            def preprocess(batch: dict) -> dict:
+                result = inner(batch)
+                record.inputs.append(result['img'].clone())
+                return result
+
+            def tapped(layer: torch.nn.Module, args: tuple) -> None:
+                record.tapped[layer.training] += any('forward' in m.__dict__ for m in trainer.model.modules())
+
+            trainer.preprocess_batch = preprocess
+            handles.append(trainer.model.model[0].register_forward_pre_hook(tapped))
+
+        def batch_end(trainer: Any) -> None:
+            items = {k: float(v) for k, v in trainer.loss_items.items()}
+            kd = {k: v for k, v in items.items() if k.startswith('kd')}
+            step = Step(trainer.loss.item(), {k: v for k, v in items.items() if k not in kd}, kd)
+            record.step(trainer.model, step, image, lambda teacher: (teacher.head,))
+            if keep:
+                record.states.append(_weights(trainer))
+
+        def val_batch(validator: Any) -> None:
+            models = record.run.model, record.run.ema.ema
+            record.tapped[False] += any('forward' in m.__dict__ for model in models for m in model.modules())
+
+        def save(trainer: Any) -> None:
+            record.files.append(trainer.save_dir / f'mid{trainer.epoch}.pt')
+            shutil.copy(trainer.last, record.files[-1])
+
+        handles: list[Any] = []
+        for event, handler in (
+            ('on_train_start', start),
+            ('on_train_batch_end', batch_end),
+            ('on_train_epoch_end', lambda trainer: record.begin_validation()),
+            ('on_val_batch_start', val_batch),
+            ('on_fit_epoch_end', lambda trainer: record.end_validation(trainer.metrics)),
+            ('on_model_save', save),
+        ):
+            model.add_callback(event, handler)
+        self._runs += 1
+        with record.counting():
+            run = train(model, self.data, self.root, f'run{self._runs}', **plan.options)
+        record.end()
+        for handle in handles:
+            handle.remove()
+        record.files += [run / 'weights/last.pt', run / 'weights/best.pt']
+        record.weights, record.model, record.served = _weights(record.run), record.run.model, model.model.eval()
+        record.averaged, record.updates = record.run.ema.ema, record.run.ema.updates
+        record.optimized = [p for g in record.run.optimizer.param_groups for p in g['params']]
+        return record
+
+    def once(self, plan: Plan) -> Record:
+        """`record`, but of equal plans the same record."""
+        if repr(plan) not in self._records:
+            self._records[repr(plan)] = self.record(plan)
+        return self._records[repr(plan)]
+
+    def pair(self, case: Case) -> tuple[Record, Record]:
+        """The plain run of a case and its distilled one, trained once each."""
+        return self.once(self.plain_of(case)), self.once(self.distil(case))
+
+    @staticmethod
+    def files(teacher: str) -> list[str]:
+        """See `Lab.files`."""
+        return [teacher]
+
+    @staticmethod
+    def predictions(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+        """See `Lab.predictions`."""
+        return [model(images)[0]]
+
+    @staticmethod
+    def is_tapped(case: Case) -> bool:
+        """See `Lab.is_tapped`: what heads return is what the criterion is given."""
+        return bool(case.trained)
+
+    # ------------------------------------------------------------------ files
+    @staticmethod
+    def saved(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+        """The state dicts in a checkpoint; while a run goes on that of the average, then that of the model."""
+        content = _content(path)
+        return {k: content[k].state_dict() for k in ('ema', 'model') if content.get(k) is not None}
+
+    @staticmethod
+    def saved_adapters(record: Record) -> dict[str, torch.Tensor]:
+        """See `Lab.saved_adapters`."""
+        epochs = torch.load(record.files[-1].parent / 'kd_last.pt', weights_only=False)['epochs']
+        return epochs[max(epochs)]['adapters']
+
+    @staticmethod
+    def entries(path: Path) -> set[str]:
+        """See `Lab.entries`."""
+        return set(_content(path))
+
+    @staticmethod
+    def assert_size(path: Path, plain: Path) -> None:
+        """A file has the size of a plain run's."""
+        assert abs(path.stat().st_size - plain.stat().st_size) < 4096
+
+    @staticmethod
+    def traces(path: Path) -> list[bytes]:
+        """Names of this package in a file."""
+        with zipfile.ZipFile(path) as archive:
+            pickled = next(archive.read(n) for n in archive.namelist() if n.endswith('data.pkl'))
+        return [name for name in (b'kd_plugins', b'KDCriterion') if name in pickled]
+
+    @staticmethod
+    def load(path: Path, case: Case) -> torch.nn.Module:
+        """A plain student with a file's weights, loaded strictly."""
+        content = _content(path)
+        model = build(case.family)
+        model.load_state_dict((content.get('ema') or content['model']).float().state_dict(), strict=True)
+        return model.eval()
+
+    @staticmethod
+    def served(case: Case, record: Record) -> torch.nn.Module:
+        """The student that a run leaves in its user's hands."""
+        return record.served
+
+    def stored_teacher(self, case: Case) -> dict[str, torch.Tensor]:
+        """What is loaded from the file of a case's teacher, fused as it is to be run."""
+        from ultralytics import YOLO
+
+        model = YOLO(self.teacher(**case.teacher)).model.float().eval()
+        model.model[-1].fuse = lambda: None
+        return model.fuse(verbose=False).state_dict()
+
+
+def _weights(trainer: Any) -> dict[str, torch.Tensor]:
+    models = dict(student=trainer.model, ema=trainer.ema.ema)
+    return {f'{name}.{k}': v.clone() for name, model in models.items() for k, v in model.state_dict().items()}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    from ultralytics.utils.patches import torch_load
+
+    return torch_load(str(path), map_location='cpu')
