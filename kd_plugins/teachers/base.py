@@ -121,13 +121,14 @@ class ModelTeacher(Apart):
             capture.image_size = image_size_of(inside)
             self._run(self.model, prepared, samples, modules)
         if self._padding is not None and prepared is not inside:
-            cut = functools.partial(self._padding.cut, padded=prepared.shape[-2:], inside=inside.shape[-2:])
-            self._cut(capture, cut)
+            height, width = inside.shape[-2:]
+            self._cut(capture, tuple(prepared.shape[-2:]), (height, width))
         return capture
 
-    @staticmethod
-    def _cut(capture: Capture, cut: Callable[[Tensor], Tensor]) -> None:
-        """Take off the outputs what padding added."""
+    def _cut(self, capture: Capture, padded: tuple[int, ...], inside: tuple[int, int]) -> None:
+        """Take off the outputs what padding added: images of ``inside`` pixels were given as ``padded`` ones."""
+        assert self._padding is not None
+        cut = functools.partial(self._padding.cut, padded=padded, inside=inside)
         for path, calls in capture.calls.items():
             # (B, heads, N, N) attention is no map, whatever N is.
             if path not in capture.attention:

@@ -180,13 +180,13 @@ class UltralyticsTeacher(FrozenTeacher):
         if not is_classifier(model):
             _run_raw(head_of(model), (branch,), False)
 
-    def _cut(self, capture: Capture, padded: tuple[int, int]) -> None:
+    def _cut(self, capture: Capture, padded: tuple[int, ...], inside: tuple[int, int]) -> None:
         # Its flat predictions know their levels.
         calls = capture.calls.pop(self.head, None)
-        super()._cut(capture, padded)
+        super()._cut(capture, padded, inside)
         if calls:
             head = head_of(self.model)
-            cut = {b: _without_padding(head, raw, padded, capture.image_size) for b, raw in calls[0].output.items()}
+            cut = {b: _without_padding(head, raw, padded, inside) for b, raw in calls[0].output.items()}
             capture.put(self.head, cut, calls[0].training)
 
     def expect(self, needs: Sequence[tuple[Tap, type[Form] | None]]) -> None:
@@ -358,7 +358,7 @@ def _prototypes(head: nn.Module, x: list[Tensor]) -> Tensor:
 
 
 def _without_padding(
-    head: nn.Module, raw: dict[str, Any], padded: tuple[int, int], inside: tuple[int, int]
+    head: nn.Module, raw: dict[str, Any], padded: tuple[int, ...], inside: tuple[int, int]
 ) -> dict[str, Any]:
     h, w = inside
     sizes, strides = [tuple(f.shape[-2:]) for f in raw['feats']], list(strides_of(head))

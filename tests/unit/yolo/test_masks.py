@@ -249,7 +249,7 @@ def test_term_trains_mask_layers(segment, student, teacher, caplog):
     with caplog.at_level('INFO', logger='ultralytics'):
         run = segment(student, teacher, cls=0, box=0)
     total, items = added(run)
-    assert set(items) == {'kdmsk_loss'} and items['kdmsk_loss'] > 0
+    assert set(items) == {'kdmsk_loss', 'kd_ratio'} and items['kdmsk_loss'] > 0
     total.backward()
     head = head_of(run.student)
     for part in (head.proto.cv3, head.cv4):
