@@ -9,7 +9,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import FlexibleRunner
 
 from kd_plugins.errors import DistillError
-from tests.integration.lab import FEATURES, LOGITS, Probe, difference, distill_hook
+from tests.integration.lab import FEATURES, LOGITS, Probe, distill_hook
+from tests.integration.promises import difference
 
 TERMS = dict(logits=LOGITS, features=FEATURES)
 

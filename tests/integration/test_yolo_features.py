@@ -103,12 +103,12 @@ def test_methods_between_other_widths(cfg, teacher, data, tmp_path, loss, tap):
 
 
 PAIRS = [
-    ('yolo11n', 'yolov8s', '128x8x8, 256x4x4, 512x2x2', ''),
-    ('yolo26n', 'yolo11s', '128x8x8, 256x4x4, 512x2x2', ''),
-    ('yolov8n', 'wide26', '24x8x8, 48x4x4, 64x2x2', ''),
-    ('p2', 'wide', '24x8x8, 48x4x4', 'compares strides 8/16/32; not 4 of the student'),
-    ('small', 'p2', '16x8x8', 'compares strides 8/16/32; not 4 of the teacher'),
-    ('small', 'yolov8n-p6', '64x8x8', 'compares strides 8/16/32; not 64 of the teacher'),
+    ('yolo11n', 'yolov8s', '128x12x12, 256x6x6, 512x3x3', ''),
+    ('yolo26n', 'yolo11s', '128x12x12, 256x6x6, 512x3x3', ''),
+    ('yolov8n', 'wide26', '24x12x12, 48x6x6, 64x3x3', ''),
+    ('p2', 'wide', '24x12x12, 48x6x6', 'compares strides 8/16/32; not 4 of the student'),
+    ('small', 'p2', '16x12x12', 'compares strides 8/16/32; not 4 of the teacher'),
+    ('small', 'yolov8n-p6', '64x12x12', 'compares strides 8/16/32; not 64 of the teacher'),
 ]
 
 

@@ -29,4 +29,5 @@ def test_recipe(recipe, data, teacher, tmp_path):
     written = yaml.safe_load((tmp_path / 'run' / 'kd.yaml').read_text())
     assert set(written['terms']) == set(terms) and 'recipe' not in written, 'recorded in full'
     columns = {k: v for k, v in results(tmp_path / 'run').items() if k.startswith('train/kd')}
-    assert len(columns) == len(terms) and all(v > 0 for values in columns.values() for v in values)
+    assert len(columns) == len(terms) + 1 and 'train/kd_ratio' in columns
+    assert all(v > 0 for values in columns.values() for v in values)
