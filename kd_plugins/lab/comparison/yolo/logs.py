@@ -43,7 +43,9 @@ def read_history(folder: Path) -> History:
                 line['time'] = clock - before
             before = clock
             history.train[epoch] = line
-            if MAP in values:
+            # Of an epoch that was not validated Ultralytics writes zeros.
+            losses = [v for k, v in values.items() if k.startswith('val/')]
+            if MAP in values and (any(losses) or not losses):
                 history.val[epoch] = {MAP: values[MAP]}
     return history
 

@@ -24,6 +24,13 @@ def test_history(tmp_path):
     assert history.seconds_per_iteration() == pytest.approx(8.5)
 
 
+def test_an_epoch_that_was_not_validated_has_no_metric(tmp_path):
+    """With ``val=False`` Ultralytics writes zeros for all epochs but the last."""
+    rows = CSV.replace('0.1,9', '0,0').replace('0.3,9', '0,0').replace('0.2,9', '0,9')
+    (tmp_path / 'results.csv').write_text(rows)
+    assert read_history(tmp_path).metric_curve(MAP) == ([2, 4], [0.0, 0.4])
+
+
 def test_no_history(tmp_path):
     assert read_history(tmp_path).train == {}
 
