@@ -85,8 +85,8 @@ class RunOptions:
             teachers=teachers,
             terms=options['terms'],
             window=build_window(options.get('start'), options.get('stop')),
-            alpha=_alpha(options.get('alpha')),
-            class_map=_class_map(options.get('class_map')),
+            alpha=check_alpha(options.get('alpha')),
+            class_map=check_class_map(options.get('class_map')),
             imports=options.get('imports', ()),
             pseudo_labels=PseudoLabels.read(options.get('pseudo_labels')),
         )
@@ -262,7 +262,12 @@ def pair_classes(
     return [ours for ours, _ in kept], [theirs for _, theirs in kept]
 
 
-def _alpha(value: Any) -> float | None:
+def check_alpha(value: Any) -> float | None:
+    """A balance in [0, 1], or None.
+
+    Raises:
+        DistillError: It is neither.
+    """
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
         raise DistillError(
             f"alpha must be a number in [0, 1] (alpha x distillation + (1 - alpha) x the student's own loss), "
@@ -271,7 +276,12 @@ def _alpha(value: Any) -> float | None:
     return value
 
 
-def _class_map(value: Any) -> Mapping[str, str] | None:
+def check_class_map(value: Any) -> Mapping[str, str] | None:
+    """``{student name: teacher name}``, or None.
+
+    Raises:
+        DistillError: It is neither.
+    """
     if value is not None and (
         not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
     ):

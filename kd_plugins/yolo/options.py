@@ -12,7 +12,7 @@ from kd_plugins.distiller import resolver_of
 from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.pseudo import PseudoLabels
-from kd_plugins.teachers.run import RunOptions
+from kd_plugins.teachers.run import RunOptions, check_alpha, check_class_map
 
 BRANCH_CHOICES = ('one2many', 'one2one', 'both')
 
@@ -158,6 +158,7 @@ class DistillOptions:
         for name, short in SHORT_LOSSES.items():
             self._check_loss(name, short)
         self._check_classes()
+        check_alpha(self.alpha)
         PseudoLabels.read(self.pseudo_labels)
         for name in ('start', 'stop'):
             value = getattr(self, name)
@@ -195,11 +196,7 @@ class DistillOptions:
                 raise DistillError(f'classes must be a list of the class names of the teacher, got {self.classes!r}.')
             if not all(isinstance(c, str) for c in self.classes):
                 raise DistillError(f'classes must be names, got {list(self.classes)!r}.')
-        if self.class_map is not None:
-            if not isinstance(self.class_map, Mapping) or not all(
-                isinstance(k, str) and isinstance(v, str) for k, v in self.class_map.items()
-            ):
-                raise DistillError(f'class_map must be {{student name: teacher name}}, got {self.class_map!r}.')
+        check_class_map(self.class_map)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
