@@ -10,7 +10,7 @@ from kd_plugins.distiller.schedules import Schedule, Window, build_window, regis
 from kd_plugins.distiller.session import CannotRunError, Session
 from kd_plugins.distiller.summary import summary
 from kd_plugins.distiller.taps import Capture, Tap, find_module, map_tensors
-from kd_plugins.distiller.terms import Term, build_terms, resolver_of
+from kd_plugins.distiller.terms import Term, build_terms, images_of, resolver_of
 from kd_plugins.distiller.weighting import Weighting, register_weighting
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     'build_terms',
     'build_window',
     'find_module',
+    'images_of',
     'map_tensors',
     'register_schedule',
     'register_weighting',

@@ -25,7 +25,7 @@ from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.losses._common import as_full
-from kd_plugins.losses.base import Extras, declaration_of
+from kd_plugins.losses.base import DistillLoss, Extras, declaration_of
 from kd_plugins.predictions import Classes, ClassPredictions, DensePredictions, Form, align_classes, forms, readable
 
 #: Iterations in which KD should have been computed and was not, after which a run is stopped.
@@ -374,6 +374,7 @@ class Session(Apart):
                 )
             if not term.always_zero:
                 _refuse_frozen(term, batch.student.maps(term.student))
+                _refuse_too_few(term, len(batch.student.maps(term.student)[0]))
             if whole:
                 if term not in self.parts:
                     self.parts.keep(term, device)
@@ -683,6 +684,15 @@ class Session(Apart):
                 f'{size} pixels: {in_words(error)}; if it was made for one size only, write that as '
                 f'{self.host.size_option(side)}.'
             ) from error
+
+
+def _refuse_too_few(term: Term, images: int) -> None:
+    # What declares nothing is asked on two images, and may well do with one.
+    if isinstance(term.loss, DistillLoss) and images < term.declared.images:
+        raise DistillError(
+            f'{type(term.loss).__name__} compares the images of a batch with each other, and batches of {images} are '
+            f'too few: it would be 0; make them {term.declared.images} or more per process, or take another loss.'
+        )
 
 
 def _refuse_frozen(term: Term, tensors: Sequence[Tensor]) -> None:

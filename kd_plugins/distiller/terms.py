@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -245,6 +245,11 @@ def build_terms(cfg: Any, resolve: Resolver | None = None) -> dict[str, Term]:
         )
     # `terms=dict(logits=None)` in a child config takes an inherited term out.
     return {name: _build_term(name, term, resolve) for name, term in cfg.items() if term is not None}
+
+
+def images_of(terms: Iterable[Term]) -> int:
+    """How many images a check must be given for every term to say something, where the run has so many."""
+    return max((max(t.declared.images, 1 if t.samples is None else 2) for t in terms), default=1)
 
 
 def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:

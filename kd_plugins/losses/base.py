@@ -29,6 +29,8 @@ class DistillLoss(nn.Module):
             (each is a yes or no), or None for any.
         any_channels: Whether the channels of two features may differ.
         any_grid: Whether the grids of two features may differ.
+        images: How many images a batch must have for the loss to say anything: more than one where it compares the
+            images of a batch with each other.
     """
 
     consumes: ClassVar[str] = 'features'
@@ -36,6 +38,7 @@ class DistillLoss(nn.Module):
     activation: str | None = None
     any_channels: ClassVar[bool] = False
     any_grid: ClassVar[bool] = False
+    images: int = 1
 
     def for_channels(self, channels: int) -> nn.Module:
         """The loss for teacher features of so many channels: itself, unless it has parts of that size to train."""
@@ -51,6 +54,7 @@ class Declaration:
     """What a loss declares, see `DistillLoss`; made once per term.
 
     Attributes:
+        images: Two where the loss does not say: a check on one image would tell it wrong.
         built_per_level: Whether ``for_channels`` makes a loss of its own for every level.
         stands_for_another: Whether ``for_predictions`` returns the loss that is meant.
         takes_predictions: Whether it has a ``from_predictions(student, teacher)`` for whole detection heads.
@@ -61,6 +65,7 @@ class Declaration:
     activation: str | None = None
     any_channels: bool = False
     any_grid: bool = False
+    images: int = 2
     built_per_level: bool = False
     takes_predictions: bool = False
     stands_for_another: bool = False
@@ -86,7 +91,7 @@ def declaration_of(loss: nn.Module) -> Declaration:
     """
     names: dict[str, Any] = {
         key: getattr(loss, key)
-        for key in ('consumes', 'needs_target', 'activation', 'any_channels', 'any_grid')
+        for key in ('consumes', 'needs_target', 'activation', 'any_channels', 'any_grid', 'images')
         if hasattr(loss, key)
     }
     own = getattr(type(loss), 'for_channels', None)
@@ -100,4 +105,6 @@ def declaration_of(loss: nn.Module) -> Declaration:
         raise DistillError(
             f"{type(loss).__name__}.activation must be None, 'softmax' or 'sigmoid', got {found.activation!r}."
         )
+    if not isinstance(found.images, int) or found.images < 1:
+        raise DistillError(f'{type(loss).__name__}.images must be a whole number >= 1, got {found.images!r}.')
     return found

@@ -128,6 +128,8 @@ class RelationLoss(DistillLoss):
     consumes = 'features'
     any_channels = True
     any_grid = True
+    # Of two, the only distance is divided by itself.
+    images = 3
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()

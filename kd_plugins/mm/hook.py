@@ -13,7 +13,16 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
-from kd_plugins.distiller import Capture, Session, build_terms, map_tensors, resolver_of, summary, untouched_rng
+from kd_plugins.distiller import (
+    Capture,
+    Session,
+    build_terms,
+    images_of,
+    map_tensors,
+    resolver_of,
+    summary,
+    untouched_rng,
+)
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError
 from kd_plugins.mm.data import class_names, pipelines
@@ -109,8 +118,8 @@ class DistillHook(Hook):
         options = RunOptions.read(written, host.task.name)
         self._refuse_unread(runner, written, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
-        build_terms(options.terms, resolver_of(options.imports, find_in_registries))
-        example = example_batch(runner, model)
+        terms = build_terms(options.terms, resolver_of(options.imports, find_in_registries))
+        example = example_batch(runner, model, images_of(terms.values()))
         dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
         pixels = student_format(model, pipelines(dataset), example[0], pixel_format)
         teachers, notes = load_teachers(options.teachers, model, host, replace(pixels, size=host.task.size(model)))

@@ -224,7 +224,8 @@ def _colours(
     for colour in values:
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        # That of pictures, on the processor. Where CUDA is not yet in use, torch's own notes the stack for later.
+        torch.default_generator.manual_seed(seed)
         image = np.empty((SIDE, SIDE, len(colour)), dtype)
         image[:] = colour
         # As OpenCV decodes grey pictures.

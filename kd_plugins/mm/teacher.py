@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from mmengine.config import Config
@@ -29,6 +30,7 @@ from kd_plugins.teachers import (
     find_weights,
     load_checkpoint,
     load_strictly,
+    unfilled,
     match_names,
 )
 
@@ -94,7 +96,9 @@ def build_teacher(cfg: Mapping[str, Any], student: PixelFormat) -> tuple[Teacher
     if isinstance(cfg, Mapping) and not cfg.get('checkpoint'):
         check_keys(cfg, TEACHER_KEYS, 'teacher')
         raise DistillError("teacher needs 'checkpoint': a teacher with random weights would teach noise.")
-    model, config = build_architecture(cfg)
+    # What may be missing in the file is as it was built.
+    with nullcontext() if cfg.get('allow_missing') else unfilled():
+        model, config = build_architecture(cfg)
     with untouched_rng():
         meta, notes = load_model(model, cfg)
     theirs, channels = teacher_format(model, config, student, cfg.get('pixel_format'))

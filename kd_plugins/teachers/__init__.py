@@ -3,7 +3,7 @@
 from kd_plugins.teachers.base import ModelTeacher
 from kd_plugins.teachers.checkpoints import Weights, check_prefix, find_file, find_weights, load_checkpoint
 from kd_plugins.teachers.frozen import FrozenTeacher
-from kd_plugins.teachers.loading import load_strictly
+from kd_plugins.teachers.loading import load_strictly, unfilled
 from kd_plugins.teachers.names import match_names
 from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, create_network, data_config
 from kd_plugins.teachers.pixels import ULTRALYTICS, Padding, PixelFormat, Renormalize, Resized
@@ -32,4 +32,5 @@ __all__ = [
     'match_names',
     'register_teacher',
     'teacher_kind',
+    'unfilled',
 ]

@@ -21,6 +21,7 @@ from kd_plugins.teachers import (
     find_weights,
     load_checkpoint,
     load_strictly,
+    unfilled,
     match_names,
 )
 from kd_plugins.teachers.names import Convert
@@ -130,10 +131,12 @@ def load_weights(
     source = cfg['checkpoint']
     weights = find_weights(load_checkpoint(source), source, prefix=cfg.get('checkpoint_prefix'))
     number = wanted_classes(cfg)
-    net = create(number)
+    with unfilled():
+        net = create(number)
     weights = match_names(net, weights, source, convert=convert)
     if number is None and (number := _stored_classes(net, weights.state)) is not None:
-        net = create(number)
+        with unfilled():
+            net = create(number)
     report = load_strictly(net, weights.state, source, architecture=f'teacher.{kind}')
     data = weights.meta.get('dataset_meta')
     names = data.get('classes') if isinstance(data, Mapping) else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.teachers.checkpoints import versions_of, with_versions
@@ -39,6 +41,39 @@ class LoadReport:
             ("old names of the file converted by the model's own code", self.converted),
         )
         return [f'{len(keys)} {what}: {", ".join(keys[:3])}' for what, keys in found if keys]
+
+
+#: Some functions of `torch.nn.init` are announced to a mode as a whole, the others by what they call.
+_DRAWING = {
+    Tensor.normal_,
+    Tensor.uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    nn.init.kaiming_normal_,
+    nn.init.kaiming_uniform_,
+}
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function in _DRAWING:
+            weight = args[0] if args else (kwargs or {}).get('tensor')
+            if isinstance(weight, nn.Parameter):
+                with torch.no_grad():
+                    return weight.fill_(torch.nan)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Around building a network whose weights are all loaded afterwards: none are drawn, which takes most of the time.
+
+    They are NaN, so that one which is not loaded after all can never be taken for a weight.
+    """
+    with _Unfilled():
+        yield
 
 
 def is_named(key: str, patterns: Iterable[str]) -> bool:

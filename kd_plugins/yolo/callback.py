@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from kd_plugins.distiller import Position, Session, build_terms, find_module, resolver_of, summary, untouched_rng
+from kd_plugins.distiller import (
+    Position,
+    Session,
+    build_terms,
+    find_module,
+    images_of,
+    resolver_of,
+    summary,
+    untouched_rng,
+)
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.predictions import MaskPredictions, readable
@@ -155,7 +164,7 @@ class DistillCallback:
                 f'start={session.window.start} is not before the end of the run ({trainer.epochs} epochs).'
             )
         with untouched_rng():
-            images, batch = example_batch(trainer, channels)
+            images, batch = example_batch(trainer, channels, images_of(session.terms.values()))
             rows = session.check(images, batch)
         if batch is None:
             notes.append('checked on a grey picture: the validation set gave no item before the run')

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-#: Images of the batch: two, for losses that compare images, unless the run has one at a time.
-IMAGES = 2
 #: Of a picture that is no real one: what Ultralytics pads with, and the range of the noise that keeps the maps from
 #: being constant.
 GREY, NOISE = 114 / 255, 20 / 255
 
 
-def example_batch(trainer: Any, channels: int) -> tuple[Tensor, Mapping[str, Any] | None]:
+def example_batch(trainer: Any, channels: int, images: int) -> tuple[Tensor, Mapping[str, Any] | None]:
     """The first pictures of the validation set, at the size of the training.
 
     Of the validation set, because getting an item of a training set changes it: its mosaics are made of the items that
@@ -25,6 +23,7 @@ def example_batch(trainer: Any, channels: int) -> tuple[Tensor, Mapping[str, Any
     Args:
         trainer: One whose training is about to start.
         channels: That the student takes.
+        images: How many, unless the run's own batches are smaller. They are of one size, so that each costs its share.
 
     Returns:
         ``(images, batch)``: ``(B, channels, imgsz, imgsz)`` as the trainer prepares them, and what the loss is given
@@ -32,16 +31,16 @@ def example_batch(trainer: Any, channels: int) -> tuple[Tensor, Mapping[str, Any
     """
     like = next(trainer.model.parameters())
     size = trainer.args.imgsz
-    number = min(IMAGES, max(int(trainer.args.batch), 1))
+    number = min(images, getattr(trainer.train_loader, 'batch_size', None) or max(int(trainer.args.batch), 1))
     batch = _real_batch(trainer, number)
-    images = batch['img'] if batch is not None else None
-    if images is None or images.dim() != 4 or images.shape[1] != channels:
+    pictures = batch['img'] if batch is not None else None
+    if pictures is None or pictures.dim() != 4 or pictures.shape[1] != channels:
         noise = torch.rand(number, channels, size, size, device=like.device, dtype=like.dtype)
         return GREY + NOISE * (noise - 0.5), None
-    images = images.to(like)
-    if images.shape[-2:] != (size, size):
-        images = interpolate(images, size=(size, size), mode='bilinear', align_corners=False)
-    return images, batch
+    pictures = pictures.to(like)
+    if pictures.shape[-2:] != (size, size):
+        pictures = interpolate(pictures, size=(size, size), mode='bilinear', align_corners=False)
+    return pictures, batch
 
 
 def _real_batch(trainer: Any, number: int) -> dict[str, Any] | None:
@@ -49,7 +48,7 @@ def _real_batch(trainer: Any, number: int) -> dict[str, Any] | None:
     if dataset is None:
         return None
     try:
-        items = [dataset[i] for i in range(min(number, len(dataset)))]
+        items = [dataset[i % len(dataset)] for i in range(number)]
         collate = trainer.test_loader.collate_fn or torch.utils.data.default_collate
         return trainer.preprocess_batch(collate(items))
     except Exception:

@@ -152,12 +152,14 @@ def load_model(path: str, trusted: bool = False) -> nn.Module:
         )
     # A checkpoint of a run with native distillation still wraps its student.
     model = getattr(model, 'student_model', model)
+    model = model.float().eval()
     floats = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
     # A sum is finite only if all of it is, and takes a quarter of the time of looking at every weight.
-    broken = [k for k, v in floats.items() if not torch.isfinite(v.sum(dtype=torch.float32))]
-    if broken:
+    sums = [v.sum() for v in floats.values()]
+    if not torch.isfinite(torch.stack(sums).sum()):
+        broken = [k for k, v in floats.items() if not torch.isfinite(v).all()]
         raise DistillError(f'teacher {path!r} has NaN or infinite weights in {broken[0]!r} and {len(broken) - 1} more.')
-    return model.float().eval()
+    return model
 
 
 class UltralyticsTeacher(FrozenTeacher):

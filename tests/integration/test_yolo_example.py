@@ -39,10 +39,10 @@ def test_real_pictures_of_the_size_of_the_training(checked, tmp_path):
     DistillCallback(save_teacher(tmp_path / 'teacher.pt', teacher)).register(model)
     train(model, data, tmp_path, imgsz=96, rect=True, val=False)
     ((images, batch),) = checked
-    assert images.shape == (2, 3, 96, 96) and 0 <= images.min() < images.max() <= 1
+    assert images.shape == (1, 3, 96, 96) and 0 <= images.min() < images.max() <= 1
     # Coloured rectangles, not grey noise, and the labels that go with them.
     assert (images.amax(1) - images.amin(1)).amax() > 0.3
-    assert len(batch['cls']) and [Path(f).name for f in batch['im_file']] == ['0.png', '1.png']
+    assert len(batch['cls']) and [Path(f).name for f in batch['im_file']] == ['0.png']
 
 
 def test_images_of_a_classifier(checked, tmp_path):
@@ -51,18 +51,31 @@ def test_images_of_a_classifier(checked, tmp_path):
     DistillCallback(save_teacher(tmp_path / 'teacher.pt', 'yolo11n-cls.yaml')).register(model)
     train(model, data, tmp_path, imgsz=32, batch=3, val=False)
     ((images, batch),) = checked
-    assert images.shape == (2, 3, 32, 32) and images.std() > 0.1
-    assert batch['cls'].tolist() == [0, 0]
+    assert images.shape == (1, 3, 32, 32) and images.std() > 0.1
+    assert batch['cls'].tolist() == [0]
 
 
-@pytest.mark.parametrize('batch', [1, 4])
-def test_one_image_where_the_run_has_one_at_a_time(batch, checked, tmp_path):
-    data = write_data(tmp_path / 'data', images=2)
+RELATION = dict(student='neck', teacher='neck', loss=dict(type='RelationLoss'))
+
+
+@pytest.mark.parametrize('term, batch, expected', [(None, 4, 1), (None, 1, 1), (RELATION, 4, 3)])
+def test_as_many_images_as_the_losses_need(term, batch, expected, checked, tmp_path):
+    data = write_data(tmp_path / 'data', images=4)
     small = write_small(tmp_path / 'small.yaml')
     model = new_model(small)
-    DistillCallback(save_teacher(tmp_path / 'teacher.pt', small)).register(model)
+    options = dict(terms=dict(relation=term)) if term else {}
+    DistillCallback(save_teacher(tmp_path / 'teacher.pt', small), **options).register(model)
     train(model, data, tmp_path, batch=batch, val=False)
-    assert len(checked[0][0]) == min(batch, 2)
+    assert len(checked[0][0]) == expected
+
+
+def test_batches_that_are_too_small_for_a_loss(tmp_path):
+    data = write_data(tmp_path / 'data', images=4)
+    small = write_small(tmp_path / 'small.yaml')
+    model = new_model(small)
+    DistillCallback(save_teacher(tmp_path / 'teacher.pt', small), terms=dict(relation=RELATION)).register(model)
+    with pytest.raises(DistillError, match='batches of 2 are too few: it would be 0; make them 3 or more per process'):
+        train(model, data, tmp_path, batch=2, val=False)
 
 
 def grey(root):
@@ -85,7 +98,7 @@ def test_a_teacher_of_colours_teaches_a_grey_student(checked, tmp_path):
 
     model.add_callback('on_train_start', spy)
     folder = train(model, grey(tmp_path / 'data'), tmp_path, val=False)
-    assert checked[0][0].shape == (2, 1, 64, 64) and checked[0][1] is not None
+    assert checked[0][0].shape == (1, 1, 64, 64) and checked[0][1] is not None
     assert shown and all(x.shape[1] == 3 for x in shown)
     assert all(torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]) for x in shown)
     assert logged(folder, 'kdcls_loss') > 0 and np.isfinite(logged(folder, 'kdcls_loss'))

@@ -25,17 +25,38 @@ class Everything:
     activation = 'sigmoid'
     any_channels = True
     any_grid = True
+    images = 3
 
 
 def test_the_defaults_are_those_of_a_loss_on_features():
-    assert declaration_of(DistillLoss()) == Declaration()
+    assert declaration_of(DistillLoss()) == Declaration(images=1)
     assert (Declaration().consumes, Declaration().activation) == ('features', None)
-    assert not any(v for k, v in dataclasses.asdict(Declaration()).items() if k not in ('consumes', 'activation'))
+    others = dataclasses.asdict(Declaration()).items()
+    assert not any(v for k, v in others if k not in ('consumes', 'activation', 'images'))
 
 
 def test_a_module_without_a_word_is_a_loss_on_features():
-    """torch's own, for one."""
-    assert declaration_of(nn.MSELoss()) == declaration_of(DistillLoss())
+    """torch's own, for one; asked on two images, because it may compare them."""
+    silent = declaration_of(nn.MSELoss())
+    assert silent.images == 2 and dataclasses.replace(silent, images=1) == declaration_of(DistillLoss())
+
+
+@pytest.mark.parametrize('images', [0, 1.5, None, '2'])
+def test_a_number_of_images_is_a_number(images):
+    with pytest.raises(DistillError, match=f'Mine.images must be a whole number >= 1, got {images!r}'):
+        declaration_of(type('Mine', (DistillLoss,), {'images': images})())
+
+
+def test_losses_that_compare_the_images_of_a_batch():
+    """On fewer images than they declare they are 0, whatever student and teacher are; on as many they are not."""
+    generator = torch.Generator().manual_seed(0)
+    relations = [dict(), dict(angle_weight=0.0), dict(distance_weight=0.0)]
+    found = [losses.RelationLoss(**options) for options in relations]
+    for loss in found:
+        student, teacher = torch.rand(2, loss.images, 5, generator=generator)
+        assert loss(student, teacher) > 1e-3
+        assert loss(student[:-1], teacher[:-1]) < 1e-9
+    assert declaring('images', 1) == set(SHIPPED) - {'RelationLoss'}
 
 
 @pytest.mark.parametrize('base', [DistillLoss, nn.Module])

@@ -87,14 +87,17 @@ def runner(dataset, batch_size=2, **options):
 
 def test_the_first_images_as_the_model_gets_them():
     data, model = Pictures(), Model()
-    inputs, samples = example_batch(runner(data, batch_size=16), model)
+    inputs, samples = example_batch(runner(data, batch_size=16), model, 2)
     assert samples == [0, 1] and inputs.shape == (2, 3, 12, 12)
     assert torch.equal(inputs[0, :, :8, :12], torch.from_numpy(data.pictures[0]).permute(2, 0, 1).float())
     assert inputs[0, :, 8:].eq(0).all()
     assert len(example_batch(runner(data, batch_size=1), model)[0]) == 1
     assert len(example_batch(runner(Pictures([(8, 8)]), batch_size=4), model)[0]) == 1
+    assert [len(example_batch(runner(data, batch_size=16), model, n)[0]) for n in (1, 2, 3)] == [1, 2, 3]
+    # Padded to the size of the largest all the same.
+    assert example_batch(runner(data, batch_size=16), model)[0].equal(inputs[:1])
     sampler = torch.utils.data.BatchSampler(range(3), 3, False)
-    assert len(example_batch(runner(data, 1, batch_sampler=sampler), model)[0]) == 2
+    assert len(example_batch(runner(data, 1, batch_sampler=sampler), model, 2)[0]) == 2
     assert example_batch(runner(data), model.bfloat16())[0].dtype == torch.bfloat16
 
 
