@@ -30,8 +30,8 @@ from kd_plugins.teachers import (
     find_weights,
     load_checkpoint,
     load_strictly,
-    unfilled,
     match_names,
+    unfilled,
 )
 
 TEACHER_KEYS = ('config', 'checkpoint', 'checkpoint_prefix', 'classes', 'allow_missing', 'allow_unexpected')

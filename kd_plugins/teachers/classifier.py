@@ -21,8 +21,8 @@ from kd_plugins.teachers import (
     find_weights,
     load_checkpoint,
     load_strictly,
-    unfilled,
     match_names,
+    unfilled,
 )
 from kd_plugins.teachers.names import Convert
 from kd_plugins.teachers.network import ClassifierNetwork, DataConfig, image_size, per_channel, whole_number

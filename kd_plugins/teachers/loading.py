@@ -56,7 +56,11 @@ _DRAWING = {
 
 class _Unfilled(TorchFunctionMode):
     def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if function in _DRAWING:
             weight = args[0] if args else (kwargs or {}).get('tensor')

@@ -63,5 +63,5 @@ def test_a_network_of_another_file_is_refused_as_ever():
         net = Net()
     state = drawn().state_dict()
     del state['linear.weight']
-    with pytest.raises(DistillError, match='linear.weight'):
+    with pytest.raises(DistillError, match=r'linear\.weight'):
         load_strictly(net, state, 'x.pth')
