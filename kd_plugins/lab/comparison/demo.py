@@ -1,4 +1,4 @@
-"""``kd-plugins demo``: the comparisons on the embedded digits, in every framework."""
+"""``kd-plugins demo``: the comparisons on the embedded digits, in short or in every framework."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+from kd_plugins.errors import DistillError
+from kd_plugins.lab.comparison.experiment import compare_all
 from kd_plugins.lab.comparison.phases import clock
 
 #: What is printed, the package, its part, the folder below --work-dir.
@@ -18,6 +23,16 @@ ZOOS = {
     'cls-vit': ('timm: ResNet, taught by a vision transformer', 'mm', 'across architectures', 'cls_vit'),
     'yolo': ('Ultralytics: YOLO11', 'yolo', None, 'yolo'),
 }
+#: What the short tour shows, by what its table calls it: part of `ZOOS`, and the module that says whether it can.
+TOUR = {'mmdet: YOLOX': ('mm', 'mmdet'), 'Ultralytics: YOLO11': ('yolo', 'ultralytics')}
+NEXT = """
+next, with your own data (add --help to any of them):
+  python tools/train.py my_config.py --kd yolo_logit --teacher big.py --teacher-checkpoint big.pth     # MMEngine
+  yolo-kd train model=small.yaml data=mine.yaml kd=logit_box kd_teacher=big.pt                         # Ultralytics
+  kd-plugins recipes                                                        # the methods that are ready to use
+  python tools/compare.py --teacher big.py --teacher-checkpoint big.pth --student my_config.py --kd yolo_logit
+  make demo DEMO_ARGS=--all                 # segmentation and classification too, and longer trainings: about an hour
+""".rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         'some minutes of CPU.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument('--zoo', nargs='+', choices=ZOOS, default=list(ZOOS), help='which parts of the demo')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        '--all', action='store_true', help='all parts, with longer trainings: about an hour of two cores'
+    )
+    which.add_argument('--zoo', nargs='+', choices=ZOOS, default=[], help='only these parts, with longer trainings')
     parser.add_argument(
         '--work-dir', default='work_dirs/demo', help='where runs and reports go; finished runs are kept'
     )
@@ -44,15 +63,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--kd', nargs='+', metavar='RECIPE', help='distilled students; only with a single --zoo')
     parser.add_argument('--jobs', type=int, help='trainings at once; default: 2 on CPU, 1 on a GPU')
     args = parser.parse_args(argv)
-    if args.kd and len(args.zoo) > 1:
+    if args.kd and len(args.zoo) != 1:
         parser.error(f'--kd needs --zoo {" or --zoo ".join(ZOOS)}: recipes of one are not those of the other')
-    began = time.monotonic()
-    for zoo in args.zoo:
+    if not (args.all or args.zoo):
+        tour(args.work_dir, data=args.data, seeds=range(args.seeds), jobs=args.jobs)
+        return
+    began, zoos = time.monotonic(), args.zoo or list(ZOOS)
+    for zoo in zoos:
         title, package, part, folder = ZOOS[zoo]
         print(f'\n{title}', flush=True)
         options = {**({'part': part} if part else {}), **({'recipes': args.kd} if args.kd else {})}
         demo = import_module(f'kd_plugins.lab.comparison.{package}').demo
         folder = os.path.join(args.work_dir, folder)
         demo(folder, data=args.data, seeds=range(args.seeds), jobs=args.jobs, **options)
-    if len(args.zoo) > 1:
+    if len(zoos) > 1:
         print(f'took {clock(time.monotonic() - began)} in all')
+
+
+def tour(work_dir: str | os.PathLike, **options: Any) -> None:
+    """Detection in every framework that is here, in short: one table and one report.
+
+    Args:
+        work_dir: Where runs and report go.
+        **options: ``data``, ``seeds`` and ``jobs``, see `kd_plugins.lab.comparison.mm.demo.planned`.
+
+    Raises:
+        DistillError: No framework is here.
+    """
+    here = {name: zoo for name, (zoo, module) in TOUR.items() if find_spec(module) is not None}
+    for name in TOUR.keys() - here.keys():
+        print(f'{name} is left out: {TOUR[name][1]} is not installed (kd-plugins info)')
+    if not here:
+        raise DistillError('the demo needs mmdet or ultralytics; kd-plugins info says what to install.')
+    folder = Path(work_dir) / 'tour'
+    experiments = {
+        name: import_module(f'kd_plugins.lab.comparison.{zoo}.demo').planned(folder / zoo, short=True, **options)
+        for name, zoo in here.items()
+    }
+    title = 'Handwritten digits: small detectors, plain and distilled'
+    compare_all(experiments, folder, title)
+    print(NEXT)

@@ -8,7 +8,6 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +17,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.phases import Display, Phase, clock, run_phases
-from kd_plugins.lab.comparison.report import write_report
-from kd_plugins.lab.comparison.table import Arm, Metrics, Result, text
+from kd_plugins.lab.comparison.report import Section, write_report
+from kd_plugins.lab.comparison.table import Arm, Metrics, Result, joint_text, text
 
 TEACHER, PLAIN = 'teacher', 'plain'
 TEACHER_SEED = 0
@@ -158,89 +157,138 @@ def compare(experiment: Experiment, display: Display | None = None) -> dict[str,
     """
     began = time.monotonic()
     display = display or Display()
-    runs = _run(experiment, display)
-    teacher = _arm(experiment, runs, TEACHER, [TEACHER_SEED])
-    students = [_arm(experiment, runs, name, experiment.seeds) for name in (PLAIN, *experiment.distilled)]
-    plain, *distilled = students
-    display.say('\n' + text(teacher, plain, distilled, experiment.metrics, experiment.step))
+    (found,) = _run([experiment], display)
+    display.say('\n' + text(found.teacher, found.plain, found.distilled, experiment.metrics, experiment.step))
     if experiment.jobs > 1:
         how = f'{experiment.jobs} trainings at once, {experiment.together} included.'
         display.say(f's/{experiment.step} of the students: {how}')
     seconds = time.monotonic() - began
-    arms = {
-        a.name: dict(parameters=a.parameters, runs=[_figures(r, experiment.metrics) for r in a.results])
-        for a in (teacher, *students)
-    }
-    results = dict(seeds=list(experiment.seeds), arms=arms, seconds=seconds)
-    (experiment.work_dir / 'results.json').write_text(json.dumps(results, indent=1))
-    report = _report(experiment, runs, teacher, plain, distilled)
+    results = dict(seeds=list(experiment.seeds), arms=found.figures(), seconds=seconds)
+    _write(experiment.work_dir, results)
+    report = write_report(experiment.work_dir, experiment.title, [found.section()])
     display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
     return results
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """What was trained and measured, by model."""
+def compare_all(
+    experiments: Mapping[str, Experiment], work_dir: Path, title: str, display: Display | None = None
+) -> dict[str, Any]:
+    """Several comparisons as one, with one table and one report: what waits for nothing of its own fills their gaps.
 
-    weights: Mapping[Key, Path]
-    tests: Mapping[Key, Phase]
-    histories: Mapping[Key, History]
+    Args:
+        experiments: By what the table calls them; measured in the same metrics.
+        work_dir: Where the report goes.
+        title: Its headline.
+        display: Where progress goes; default standard output.
+
+    Returns:
+        What ``results.json`` holds: ``arms`` by the names of the experiments, and the seconds that this call took.
+
+    Raises:
+        DistillError: Something cannot run.
+    """
+    began = time.monotonic()
+    display = display or Display()
+    found = dict(zip(experiments, _run(list(experiments.values()), display), strict=True))
+    groups = {name: (one.teacher, one.plain, one.distilled) for name, one in found.items()}
+    metrics = next(iter(experiments.values())).metrics
+    display.say('\n' + joint_text(groups, metrics))
+    seconds = time.monotonic() - began
+    results = dict(arms={name: one.figures() for name, one in found.items()}, seconds=seconds)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    _write(work_dir, results)
+    report = write_report(work_dir, title, [one.section(name) for name, one in found.items()], groups)
+    display.say(f'\nreport: {report}\ntook {clock(seconds)} in this call')
+    return results
 
 
-def _run(experiment: Experiment, display: Display) -> _Runs:
-    """Train and evaluate what is missing."""
-    trainings = _train(experiment, display)
-    weights: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.teacher_weights()}
-    weights |= {key: experiment.last_checkpoint(phase.folder) for key, phase in trainings.items()}
-    folders: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.work_dir / TEACHER}
-    folders |= {key: phase.folder.parent for key, phase in trainings.items()}
-    tests = {
-        key: experiment.test(TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}', folders[key], path)
-        for key, path in weights.items()
-    }
-    run_phases(list(tests.values()), display, experiment.jobs)
-    return _Runs(weights, tests, {key: experiment.history(folder / 'train') for key, folder in folders.items()})
+def _write(folder: Path, results: Mapping[str, Any]) -> None:
+    (folder / 'results.json').write_text(json.dumps(results, indent=1))
 
 
-def _arm(experiment: Experiment, runs: _Runs, name: str, seeds: Sequence[int]) -> Arm:
-    results = [
-        Result(
-            seed=seed,
-            accuracy=experiment.measured(runs.tests[name, seed]),
-            seconds=runs.histories[name, seed].seconds_per_iteration(),
-            size=runs.weights[name, seed].stat().st_size,
+class _Found:
+    """What came out of an experiment whose models are trained.
+
+    Args:
+        experiment: It.
+        trainings: Those of its students.
+    """
+
+    def __init__(self, experiment: Experiment, trainings: Mapping[Key, Phase]) -> None:
+        self.experiment = experiment
+        self.weights: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.teacher_weights()}
+        self.weights |= {key: experiment.last_checkpoint(phase.folder) for key, phase in trainings.items()}
+        self.folders: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.work_dir / TEACHER}
+        self.folders |= {key: phase.folder.parent for key, phase in trainings.items()}
+        self.tests = {key: experiment.test(_title(key), self.folders[key], path) for key, path in self.weights.items()}
+
+    def read(self) -> None:
+        """Read logs and evaluations, when these are done."""
+        experiment = self.experiment
+        self.histories = {key: experiment.history(folder / 'train') for key, folder in self.folders.items()}
+        self.teacher = self._arm(TEACHER, [TEACHER_SEED])
+        self.plain, *self.distilled = (self._arm(n, experiment.seeds) for n in (PLAIN, *experiment.distilled))
+
+    def figures(self) -> dict[str, Any]:
+        """For ``results.json``, by row."""
+        return {
+            a.name: dict(parameters=a.parameters, runs=[_figures(r, self.experiment.metrics) for r in a.results])
+            for a in (self.teacher, self.plain, *self.distilled)
+        }
+
+    def section(self, name: str = '') -> Section:
+        """Its part of a report; with the name that it has among others."""
+        experiment, seeds = self.experiment, self.experiment.seeds
+        students = dict(zip((PLAIN, *experiment.distilled), (self.plain, *self.distilled), strict=True))
+        shown = {self.teacher.name: self.tests[TEACHER, TEACHER_SEED]}
+        shown |= {arm.name: self.tests[name, seeds[0]] for name, arm in students.items()}
+        return Section(
+            name=name,
+            teacher=self.teacher,
+            plain=self.plain,
+            distilled=self.distilled,
+            histories={arm.name: [self.histories[name, seed] for seed in seeds] for name, arm in students.items()},
+            metrics=experiment.metrics,
+            metric=experiment.metric(self.histories.values()),
+            picture=experiment.picture(shown),
+            note=experiment.note,
+            facts={
+                **experiment.facts(),
+                'seeds': ', '.join(map(str, seeds)),
+                'trainings at once': f'{experiment.jobs} (on {experiment.cores} cores)',
+                'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+                'torch': torch.__version__,
+            },
+            step=experiment.step,
+            unit=experiment.unit,
         )
-        for seed in seeds
-    ]
-    return Arm(experiment.label(name), experiment.parameters(name, runs.tests[name, seeds[0]]), results)
+
+    def _arm(self, name: str, seeds: Sequence[int]) -> Arm:
+        experiment = self.experiment
+        results = [
+            Result(
+                seed=seed,
+                accuracy=experiment.measured(self.tests[name, seed]),
+                seconds=self.histories[name, seed].seconds_per_iteration(),
+                size=self.weights[name, seed].stat().st_size,
+            )
+            for seed in seeds
+        ]
+        return Arm(experiment.label(name), experiment.parameters(name, self.tests[name, seeds[0]]), results)
 
 
-def _report(experiment: Experiment, runs: _Runs, teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> Path:
-    seeds = experiment.seeds
-    students = dict(zip((PLAIN, *experiment.distilled), (plain, *distilled), strict=True))
-    shown = {teacher.name: runs.tests[TEACHER, TEACHER_SEED]}
-    shown |= {arm.name: runs.tests[name, seeds[0]] for name, arm in students.items()}
-    return write_report(
-        experiment.work_dir,
-        title=experiment.title,
-        teacher=teacher,
-        plain=plain,
-        distilled=distilled,
-        histories={arm.name: [runs.histories[name, seed] for seed in seeds] for name, arm in students.items()},
-        metrics=experiment.metrics,
-        metric=experiment.metric(runs.histories.values()),
-        picture=experiment.picture(shown),
-        note=experiment.note,
-        facts={
-            **experiment.facts(),
-            'seeds': ', '.join(map(str, seeds)),
-            'trainings at once': f'{experiment.jobs} (on {experiment.cores} cores)',
-            'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
-            'torch': torch.__version__,
-        },
-        step=experiment.step,
-        unit=experiment.unit,
-    )
+def _title(key: Key) -> str:
+    return TEACHER if key[0] == TEACHER else f'{key[0]}, seed {key[1]}'
+
+
+def _run(experiments: Sequence[Experiment], display: Display) -> list[_Found]:
+    """Train and evaluate what is missing."""
+    jobs = max(e.jobs for e in experiments)
+    found = [_Found(e, t) for e, t in zip(experiments, _train(experiments, display, jobs), strict=True)]
+    run_phases([test for one in found for test in one.tests.values()], display, jobs)
+    for one in found:
+        one.read()
+    return found
 
 
 def _figures(result: Result, metrics: Metrics) -> dict[str, float]:
@@ -248,14 +296,18 @@ def _figures(result: Result, metrics: Metrics) -> dict[str, float]:
     return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size)
 
 
-def _train(experiment: Experiment, display: Display) -> dict[Key, Phase]:
-    """All trainings, in an order in which every distilled student finds its teacher."""
-    first = [experiment.train_teacher()] if experiment.trains_teacher else []
-    trainings: dict[Key, Phase] = {}
-    if experiment.plain_first:
-        trainings |= {(PLAIN, seed): experiment.train_student(PLAIN, seed) for seed in experiment.seeds}
-    run_phases([*first, *trainings.values()], display, experiment.jobs)
-    names = [*([] if experiment.plain_first else [PLAIN]), *experiment.distilled]
-    others = {(arm, seed): experiment.train_student(arm, seed) for seed in experiment.seeds for arm in names}
-    run_phases(list(others.values()), display, experiment.jobs)
-    return trainings | others
+def _train(experiments: Sequence[Experiment], display: Display, jobs: int) -> list[dict[Key, Phase]]:
+    """The students' trainings, in an order in which every distilled one finds its teacher."""
+    teachers = [e.train_teacher() for e in experiments if e.trains_teacher]
+    if len(teachers) > 1 and jobs > 1:
+        for phase, experiment in zip(teachers, experiments, strict=False):
+            phase.threads = experiment.threads  # none is alone
+    first = [_students(e, [PLAIN] if e.plain_first else []) for e in experiments]
+    run_phases([*teachers, *(p for phases in first for p in phases.values())], display, jobs)
+    others = [_students(e, [*([] if e.plain_first else [PLAIN]), *e.distilled]) for e in experiments]
+    run_phases([p for phases in others for p in phases.values()], display, jobs)
+    return [a | b for a, b in zip(first, others, strict=True)]
+
+
+def _students(experiment: Experiment, arms: Sequence[str]) -> dict[Key, Phase]:
+    return {(arm, seed): experiment.train_student(arm, seed) for seed in experiment.seeds for arm in arms}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -71,6 +71,10 @@ class Arm:
         return [a.main - b.main for a, b in zip(self.results, plain.results, strict=True)]
 
 
+#: Teacher, plain and distilled students of several comparisons, by what these are called.
+Groups = Mapping[str, tuple[Arm, Arm, Sequence[Arm]]]
+
+
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; the latter is NaN for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
@@ -115,17 +119,15 @@ def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, 
     return table
 
 
-def render(table: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
-    """Cells as aligned text: the first column to the left, the others to the right."""
+def render(table: Sequence[Sequence[str]], columns: Sequence[str], left: int = 1) -> str:
+    """Cells as aligned text: the first columns to the left, the others to the right."""
     lines = [columns, *table]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     rule = '-' * (sum(widths) + 2 * (len(widths) - 1))
 
     def one(line: Sequence[str]) -> str:
-        first, *others = (
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        return '  '.join([first, *others]).rstrip()
+        cells = enumerate(zip(line, widths, strict=True))
+        return '  '.join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in cells).rstrip()
 
     return '\n'.join([one(columns), rule, *(one(line) for line in table)])
 
@@ -161,3 +163,36 @@ def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metrics: Metrics, s
         parts.append(f'{metrics.main} per seed (gain over plain with the same seed)\n' + render(table, columns))
     parts.append('\n'.join(verdict(plain, arm, metrics.main) for arm in distilled))
     return '\n\n'.join(parts)
+
+
+def joint_header(metrics: Metrics) -> tuple[str, ...]:
+    """Names of the columns of the table of several comparisons."""
+    return ('', 'model', 'parameters', *metrics.names, 'gain')
+
+
+def joint_rows(groups: Groups) -> list[tuple[str, ...]]:
+    """The cells: what these have in common, as seconds per step may be of other steps in each."""
+    return [
+        (name if i == 0 else '', *cells[:-2])
+        for name, (teacher, plain, distilled) in groups.items()
+        for i, cells in enumerate(rows(teacher, plain, distilled))
+    ]
+
+
+def joint_verdicts(groups: Groups, metrics: Metrics) -> list[str]:
+    """A sentence for each distilled row."""
+    return [
+        f'{name}, {verdict(plain, arm, metrics.main)}'
+        for name, (_, plain, distilled) in groups.items()
+        for arm in distilled
+    ]
+
+
+def joint_text(groups: Groups, metrics: Metrics) -> str:
+    """The table of several comparisons as it is printed, with what its figures mean."""
+    return '\n\n'.join(
+        [
+            render(joint_rows(groups), joint_header(metrics), left=2),
+            '\n'.join(joint_verdicts(groups, metrics)),
+        ]
+    )

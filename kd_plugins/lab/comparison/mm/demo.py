@@ -14,6 +14,9 @@ from kd_plugins.lab.comparison.experiment import compare
 from kd_plugins.lab.comparison.mm.experiment import Comparison
 from kd_plugins.lab.data import prepare_digits
 
+#: So that all of the short tour takes some minutes: a third of the scenes' epochs, one validation at the end.
+SHORT = ('train_cfg.max_epochs=5', 'train_cfg.val_interval=5')
+
 
 @dataclass(frozen=True)
 class Part:
@@ -60,16 +63,22 @@ PARTS = {
 }
 
 
-def demo(
-    work_dir: str | os.PathLike = 'work_dirs/demo',
+def demo(work_dir: str | os.PathLike = 'work_dirs/demo', **options: Any) -> dict[str, Any]:
+    """Build the digits, train a teacher, train a smaller model plain and distilled, compare; see `planned`."""
+    return compare(planned(work_dir, **options))
+
+
+def planned(
+    work_dir: str | os.PathLike,
     *,
     part: str = 'detection',
     data: str | os.PathLike = 'data/digits',
     seeds: Sequence[int] = (0,),
     recipes: Sequence[str] = (),
     jobs: int | None = None,
-) -> dict[str, Any]:
-    """Build the digits, train a teacher, train a smaller model plain and distilled, compare.
+    short: bool = False,
+) -> Comparison:
+    """A teacher on the digits, and a smaller model plain and distilled; the digits are built now.
 
     Args:
         work_dir: Where everything but the data is written.
@@ -78,9 +87,7 @@ def demo(
         seeds: One plain and one distilled student of every kind each.
         recipes: Distilled arms. Default: those of the part.
         jobs: Trainings at once, see `Comparison`.
-
-    Returns:
-        The figures, see `compare`.
+        short: Train detectors for `SHORT` only.
 
     Raises:
         DistillError: There is no such part.
@@ -90,14 +97,14 @@ def demo(
     found = PARTS[part]
     root = prepare_digits(data)
     os.environ['DIGITS_ROOT'] = f'{root.as_posix()}/'
-    return compare(
-        Comparison(
-            teacher=str(our_config(found.teacher)),
-            student=str(our_config(found.student)),
-            title=found.title,
-            work_dir=Path(work_dir),
-            seeds=seeds,
-            recipes=recipes or found.recipes,
-            jobs=jobs,
-        )
+    return Comparison(
+        teacher=str(our_config(found.teacher)),
+        student=str(our_config(found.student)),
+        title=found.title,
+        work_dir=Path(work_dir),
+        seeds=seeds,
+        recipes=recipes or found.recipes,
+        jobs=jobs,
+        student_options=SHORT if short else (),
+        teacher_options=SHORT if short else (),
     )

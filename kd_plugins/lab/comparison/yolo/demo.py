@@ -29,44 +29,49 @@ OPTIONS = (
     'plots=False',
     'verbose=False',
 )
-TEACHER_EPOCHS, EPOCHS = 10, 10
+EPOCHS = 10
+#: So that all of the short tour takes some minutes.
+SHORT = 4
 
 
-def demo(
-    work_dir: str | os.PathLike = 'work_dirs/demo/yolo',
+def demo(work_dir: str | os.PathLike = 'work_dirs/demo/yolo', **options: Any) -> dict[str, Any]:
+    """Build the digits, train a YOLO11n and a smaller YOLO11: plain, natively distilled, distilled; see `planned`."""
+    return compare(planned(work_dir, **options))
+
+
+def planned(
+    work_dir: str | os.PathLike,
     *,
     data: str | os.PathLike = 'data/digits',
     seeds: Sequence[int] = (0,),
-    recipes: Sequence[str] = (NATIVE, DEFAULT),
+    recipes: Sequence[str] = (),
     jobs: int | None = None,
-) -> dict[str, Any]:
-    """Build the digits, train a YOLO11n and a much smaller YOLO11: plain, natively distilled, distilled.
+    short: bool = False,
+) -> Comparison:
+    """A YOLO11n on the digits, and a much smaller YOLO11 of several kinds; the digits are built now.
 
     Args:
         work_dir: Where everything but the data is written.
         data: Where the scenes are written, or reused.
         seeds: One student of each kind per seed.
-        recipes: Distilled students, see `Comparison`.
+        recipes: Distilled students, see `Comparison`. Default: natively distilled, and distilled; in short the latter.
         jobs: Trainings at once, see `Comparison`.
-
-    Returns:
-        The figures, see `compare`.
+        short: Train for `SHORT` epochs only.
     """
     root = prepare_digits(data)
     work_dir = Path(work_dir).absolute()
-    return compare(
-        Comparison(
-            teacher=TEACHER,
-            student=write_student(work_dir / 'yolo11_narrow.yaml'),
-            data=str(root / 'digits.yaml'),
-            recipes=recipes,
-            work_dir=work_dir,
-            seeds=seeds,
-            student_options=[f'epochs={EPOCHS}', *OPTIONS],
-            teacher_options=[f'epochs={TEACHER_EPOCHS}', *OPTIONS],
-            jobs=jobs,
-            title='Handwritten digits: a narrow YOLO11 in Ultralytics, plain and distilled',
-        )
+    epochs, options = SHORT if short else EPOCHS, [*OPTIONS, *(['val=False'] if short else [])]
+    return Comparison(
+        teacher=TEACHER,
+        student=write_student(work_dir / 'yolo11_narrow.yaml'),
+        data=str(root / 'digits.yaml'),
+        recipes=recipes or ((DEFAULT,) if short else (NATIVE, DEFAULT)),
+        work_dir=work_dir,
+        seeds=seeds,
+        student_options=[f'epochs={epochs}', *options],
+        teacher_options=[f'epochs={epochs}', *options],
+        jobs=jobs,
+        title='Handwritten digits: a narrow YOLO11 in Ultralytics, plain and distilled',
     )
 
 
