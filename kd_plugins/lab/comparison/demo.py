@@ -23,15 +23,18 @@ ZOOS = {
     'cls-vit': ('timm: ResNet, taught by a vision transformer', 'mm', 'across architectures', 'cls_vit'),
     'yolo': ('Ultralytics: YOLO11', 'yolo', None, 'yolo'),
 }
-#: What the short tour shows, by what its table calls it: part of `ZOOS`, and the module that says whether it can.
-TOUR = {'mmdet: YOLOX': ('mm', 'mmdet'), 'Ultralytics: YOLO11': ('yolo', 'ultralytics')}
+#: What the short tour shows, by what its table calls it: package, module that says whether it can, and options.
+TOUR = {
+    'Ultralytics: YOLO11': ('yolo', 'ultralytics', dict(short=True)),
+    'timm: DeiT, taught by a ResNet': ('mm', 'timm', dict(part='classification', recipes=('deit_token',))),
+}
 NEXT = """
 next, with your own data (add --help to any of them):
   python tools/train.py my_config.py --kd yolo_logit --teacher big.py --teacher-checkpoint big.pth     # MMEngine
   yolo-kd train model=small.yaml data=mine.yaml kd=logit_box kd_teacher=big.pt                         # Ultralytics
   kd-plugins recipes                                                        # the methods that are ready to use
   python tools/compare.py --teacher big.py --teacher-checkpoint big.pth --student my_config.py --kd yolo_logit
-  make demo DEMO_ARGS=--all                 # segmentation and classification too, and longer trainings: about an hour
+  kd-plugins demo --all                     # MMDetection and MMSegmentation too, and longer trainings: about an hour
 """.rstrip()
 
 
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def tour(work_dir: str | os.PathLike, **options: Any) -> None:
-    """Detection in every framework that is here, in short: one table and one report.
+    """A detector in Ultralytics and a classifier in MMEngine, as far as these are here: one table and one report.
 
     Args:
         work_dir: Where runs and report go.
@@ -90,16 +93,14 @@ def tour(work_dir: str | os.PathLike, **options: Any) -> None:
     Raises:
         DistillError: No framework is here.
     """
-    here = {name: zoo for name, (zoo, module) in TOUR.items() if find_spec(module) is not None}
-    for name in TOUR.keys() - here.keys():
-        print(f'{name} is left out: {TOUR[name][1]} is not installed (kd-plugins info)')
-    if not here:
-        raise DistillError('the demo needs mmdet or ultralytics; kd-plugins info says what to install.')
-    folder = Path(work_dir) / 'tour'
-    experiments = {
-        name: import_module(f'kd_plugins.lab.comparison.{zoo}.demo').planned(folder / zoo, short=True, **options)
-        for name, zoo in here.items()
-    }
-    title = 'Handwritten digits: small detectors, plain and distilled'
-    compare_all(experiments, folder, title)
+    folder, experiments = Path(work_dir) / 'tour', {}
+    for name, (package, module, more) in TOUR.items():
+        if find_spec(module) is None:
+            print(f'{name} is left out: {module} is not installed (kd-plugins info)')
+            continue
+        planned = import_module(f'kd_plugins.lab.comparison.{package}.demo').planned
+        experiments[name] = planned(folder / package, **options, **more)
+    if not experiments:
+        raise DistillError('the demo needs ultralytics or timm; kd-plugins info says what to install.')
+    compare_all(experiments, folder, 'Handwritten digits: small models, plain and distilled')
     print(NEXT)

@@ -176,7 +176,7 @@ def compare_all(
     """Several comparisons as one, with one table and one report: what waits for nothing of its own fills their gaps.
 
     Args:
-        experiments: By what the table calls them; measured in the same metrics.
+        experiments: By what the table calls them.
         work_dir: Where the report goes.
         title: Its headline.
         display: Where progress goes; default standard output.
@@ -190,9 +190,8 @@ def compare_all(
     began = time.monotonic()
     display = display or Display()
     found = dict(zip(experiments, _run(list(experiments.values()), display), strict=True))
-    groups = {name: (one.teacher, one.plain, one.distilled) for name, one in found.items()}
-    metrics = next(iter(experiments.values())).metrics
-    display.say('\n' + joint_text(groups, metrics))
+    groups = {name: (one.experiment.metrics, one.teacher, one.plain, one.distilled) for name, one in found.items()}
+    display.say('\n' + joint_text(groups))
     seconds = time.monotonic() - began
     results = dict(arms={name: one.figures() for name, one in found.items()}, seconds=seconds)
     work_dir.mkdir(parents=True, exist_ok=True)

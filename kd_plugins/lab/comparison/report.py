@@ -11,11 +11,11 @@ from pathlib import Path
 from kd_plugins.lab.comparison.figures import Picture, draw_curves
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.table import (
+    JOINT,
     Arm,
     Groups,
     Metrics,
     header,
-    joint_header,
     joint_rows,
     joint_verdicts,
     rows,
@@ -82,9 +82,8 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], groups: 
     """
     parts = [f'<h1>{html.escape(title)}</h1>']
     if groups is not None:
-        metrics = sections[0].metrics
-        parts.append(_table(joint_header(metrics), joint_rows(groups), left=2))
-        parts += [f'<p>{html.escape(sentence)}</p>' for sentence in joint_verdicts(groups, metrics)]
+        parts.append(_table(JOINT, joint_rows(groups), left=2))
+        parts += [f'<p>{html.escape(sentence)}</p>' for sentence in joint_verdicts(groups)]
     for section in sections:
         parts += _section(folder, section)
     page = folder / 'report.html'

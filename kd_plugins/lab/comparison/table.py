@@ -71,8 +71,8 @@ class Arm:
         return [a.main - b.main for a, b in zip(self.results, plain.results, strict=True)]
 
 
-#: Teacher, plain and distilled students of several comparisons, by what these are called.
-Groups = Mapping[str, tuple[Arm, Arm, Sequence[Arm]]]
+#: Metrics, teacher, plain and distilled students of several comparisons, by what these are called.
+Groups = Mapping[str, tuple[Metrics, Arm, Arm, Sequence[Arm]]]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -165,34 +165,27 @@ def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metrics: Metrics, s
     return '\n\n'.join(parts)
 
 
-def joint_header(metrics: Metrics) -> tuple[str, ...]:
-    """Names of the columns of the table of several comparisons."""
-    return ('', 'model', 'parameters', *metrics.names, 'gain')
+JOINT = ('', 'model', 'parameters', 'measured', 'gain')
 
 
 def joint_rows(groups: Groups) -> list[tuple[str, ...]]:
-    """The cells: what these have in common, as seconds per step may be of other steps in each."""
-    return [
-        (name if i == 0 else '', *cells[:-2])
-        for name, (teacher, plain, distilled) in groups.items()
-        for i, cells in enumerate(rows(teacher, plain, distilled))
-    ]
+    """The cells of the table of several comparisons (`JOINT` are its columns): what all have in common."""
+    table = []
+    for name, (metrics, teacher, plain, distilled) in groups.items():
+        for i, (model, parameters, first, *_, gain, _, _) in enumerate(rows(teacher, plain, distilled)):
+            table.append((name if i == 0 else '', model, parameters, f'{first} {metrics.main}', gain))
+    return table
 
 
-def joint_verdicts(groups: Groups, metrics: Metrics) -> list[str]:
+def joint_verdicts(groups: Groups) -> list[str]:
     """A sentence for each distilled row."""
     return [
         f'{name}, {verdict(plain, arm, metrics.main)}'
-        for name, (_, plain, distilled) in groups.items()
+        for name, (metrics, _, plain, distilled) in groups.items()
         for arm in distilled
     ]
 
 
-def joint_text(groups: Groups, metrics: Metrics) -> str:
+def joint_text(groups: Groups) -> str:
     """The table of several comparisons as it is printed, with what its figures mean."""
-    return '\n\n'.join(
-        [
-            render(joint_rows(groups), joint_header(metrics), left=2),
-            '\n'.join(joint_verdicts(groups, metrics)),
-        ]
-    )
+    return '\n\n'.join([render(joint_rows(groups), JOINT, left=2), '\n'.join(joint_verdicts(groups))])

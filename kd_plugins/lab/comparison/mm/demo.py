@@ -14,9 +14,6 @@ from kd_plugins.lab.comparison.experiment import compare
 from kd_plugins.lab.comparison.mm.experiment import Comparison
 from kd_plugins.lab.data import prepare_digits
 
-#: So that all of the short tour takes some minutes: a third of the scenes' epochs, one validation at the end.
-SHORT = ('train_cfg.max_epochs=5', 'train_cfg.val_interval=5')
-
 
 @dataclass(frozen=True)
 class Part:
@@ -76,7 +73,6 @@ def planned(
     seeds: Sequence[int] = (0,),
     recipes: Sequence[str] = (),
     jobs: int | None = None,
-    short: bool = False,
 ) -> Comparison:
     """A teacher on the digits, and a smaller model plain and distilled; the digits are built now.
 
@@ -87,7 +83,6 @@ def planned(
         seeds: One plain and one distilled student of every kind each.
         recipes: Distilled arms. Default: those of the part.
         jobs: Trainings at once, see `Comparison`.
-        short: Train detectors for `SHORT` only.
 
     Raises:
         DistillError: There is no such part.
@@ -105,6 +100,4 @@ def planned(
         seeds=seeds,
         recipes=recipes or found.recipes,
         jobs=jobs,
-        student_options=SHORT if short else (),
-        teacher_options=SHORT if short else (),
     )

@@ -31,7 +31,7 @@ OPTIONS = (
 )
 EPOCHS = 10
 #: So that all of the short tour takes some minutes.
-SHORT = 4
+SHORT = 7
 
 
 def demo(work_dir: str | os.PathLike = 'work_dirs/demo/yolo', **options: Any) -> dict[str, Any]:

@@ -93,9 +93,9 @@ def test_one_table_and_one_report_of_two(two, tmp_path):
     printed = stream.getvalue()
     assert printed.count('parameters') == 1 and 's/epoch' not in printed and 'nan' not in printed
     lines = [line.split() for line in printed.splitlines()]
-    assert ['A:', 'x', 'teacher', '2.0', 'k', '50.0', '100.0'] in lines
-    assert ['B:', 'y', 'teacher', '2.0', 'k', '60.0', '100.0'] in lines
-    assert lines.count(['distilled:', 'mine', '1.0', 'k', '30.0', '60.0', '+10.0']) == 1
+    assert ['A:', 'x', 'teacher', '2.0', 'k', '50.0', 'mAP'] in lines
+    assert ['B:', 'y', 'teacher', '2.0', 'k', '60.0', 'mAP'] in lines
+    assert lines.count(['distilled:', 'mine', '1.0', 'k', '30.0', 'mAP', '+10.0']) == 1
     assert 'B: y, distilled: mine: +10.0 mAP on one seed' in printed
     page = (tmp_path / 'all' / 'report.html').read_text()
     assert page.count('<table>') == 3 and page.index('<table>') < page.index('<h2>A: x</h2>') < page.index('<h2>B: y')
@@ -160,11 +160,14 @@ def test_the_tour_goes_on_without_a_framework(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(demo, 'import_module', lambda name: Package)
     monkeypatch.setattr(demo, 'compare_all', lambda experiments, folder, title: seen.append(experiments))
-    monkeypatch.setattr(demo, 'find_spec', lambda name: None if name == 'mmdet' else object())
+    monkeypatch.setattr(demo, 'find_spec', lambda name: None if name == 'timm' else object())
     demo.tour(tmp_path, seeds=[0])
     assert list(seen[0]) == ['Ultralytics: YOLO11'] and seen[0]['Ultralytics: YOLO11'][1]['short']
     printed = capsys.readouterr().out
-    assert 'mmdet: YOLOX is left out: mmdet is not installed' in printed and 'with your own data' in printed
+    assert (
+        'timm: DeiT, taught by a ResNet is left out: timm is not installed' in printed
+        and 'with your own data' in printed
+    )
     monkeypatch.setattr(demo, 'find_spec', lambda name: None)
-    with pytest.raises(DistillError, match='the demo needs mmdet or ultralytics'):
+    with pytest.raises(DistillError, match='the demo needs ultralytics or timm'):
         demo.tour(tmp_path)
