@@ -15,13 +15,14 @@ TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --tb=short --
 UNIT = $(TEST) tests/unit
 REAL = $(TEST) tests/integration
 
-.PHONY: help install demo test test-unit test-real lint format clean
+.PHONY: help install demo test test-unit test-real lint format docs clean
 
 help:
 	@echo 'make demo       install if needed, then the whole comparison on real images (DEMO_ARGS="--seeds 3")'
 	@echo 'make test       install if needed, then lint, unit tests and real runs'
 	@echo 'make install    virtual environment, frameworks, this project; does nothing when up to date'
 	@echo 'make test-unit | test-real | lint    one lane of make test (PYTEST_ARGS="-k name")'
+	@echo 'make docs       the manual as pages under build/docs'
 	@echo 'make format     let ruff format and mend the sources'
 	@echo 'make clean      remove caches and build leftovers, keep the virtual environment'
 	@echo
@@ -54,6 +55,11 @@ lint: install
 
 format: install
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+# Warnings are errors: a link that leads nowhere, a docstring that cannot be read.
+docs: install
+	@$(PY) -c 'import mkdocs, mkdocstrings, material, latex2mathml' 2>/dev/null || $(PY) -m pip install -q -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q && echo 'docs: build/docs/index.html'
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
