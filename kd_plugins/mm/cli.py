@@ -16,7 +16,7 @@ from mmengine.utils import get_object_from_string
 
 from kd_plugins import registry as ours
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, plain_model
+from kd_plugins.mm.configs import load_config, remove_distillation
 from kd_plugins.mm.recipes import read_python
 from kd_plugins.recipes import find_recipe
 from kd_plugins.type_names import type_name
@@ -270,11 +270,3 @@ def _import_ourselves(config: Config) -> None:
     names: list[str] = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
     if 'kd_plugins.mm' not in names:
         config.custom_imports = {**imports, 'imports': [*names, 'kd_plugins.mm']}
-
-
-def remove_distillation(config: Config) -> None:
-    """Turn a distilled config into the plain student's, in place."""
-    config.model = plain_model(config.model)
-    hooks = config.get('default_hooks')
-    if hooks and 'distill' in hooks:
-        config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
