@@ -230,3 +230,9 @@ def duration(seconds: float) -> str:
     if hours:
         return f'{hours} h {minutes:02d} min'
     return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'
+
+
+def shorter(path: str | os.PathLike[str]) -> str:
+    """A path as one would type it here."""
+    relative = os.path.relpath(path)
+    return os.fspath(path) if relative.startswith(os.pardir) else Path(relative).as_posix()

@@ -19,7 +19,7 @@ from torch import nn
 
 from kd_plugins import __version__
 from kd_plugins.classification.classifier import TimmClassifier
-from kd_plugins.distiller.ending import Student
+from kd_plugins.distiller.ending import Student, shorter
 from kd_plugins.mm.configs import remove_distillation
 from kd_plugins.mm.host import unit_of
 from kd_plugins.teachers import load_checkpoint
@@ -207,9 +207,3 @@ def _takes_size(name: str, options: Mapping[str, Any], size: Any) -> bool:
     except Exception:
         return False
     return True
-
-
-def shorter(path: str | os.PathLike[str]) -> str:
-    """A path as one would type it here."""
-    relative = os.path.relpath(path)
-    return os.fspath(path) if relative.startswith(os.pardir) else Path(relative).as_posix()

@@ -26,12 +26,12 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.distiller.balance import PERIOD
-from kd_plugins.distiller.ending import Ending, Validations, share_of, write_text
+from kd_plugins.distiller.ending import Ending, Validations, share_of, shorter, write_text
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
-from kd_plugins.mm.ending import main_metric, shorter, write_student
+from kd_plugins.mm.ending import main_metric, write_student
 from kd_plugins.mm.example import example_batch
 from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
