@@ -18,6 +18,7 @@ from kd_plugins import registry as ours
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, remove_distillation
 from kd_plugins.mm.recipes import read_python
+from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.recipes import find_recipe
 from kd_plugins.type_names import type_name
 
@@ -99,7 +100,8 @@ def train(argv: Sequence[str] | None = None) -> None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
     hooks = config.get('default_hooks') or {}
-    if 'distill' in hooks and hooks['distill'] is None:
+    on_purpose = 'distill' in hooks and hooks['distill'] is None
+    if on_purpose:
         # What None does to MMEngine's own hooks; of others it asserts that they are none.
         remove_distillation(config)
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
@@ -111,7 +113,10 @@ def train(argv: Sequence[str] | None = None) -> None:
     elif any(given.values()):
         raise DistillError(f'{", ".join(given)} go together; {" and ".join(missing)} is missing.')
     _check_types(config)
-    _runner(config).train()
+    runner = _runner(config)
+    if config.get('resume') and (config.get('default_hooks') or {}).get('distill') is None:
+        runner.register_hook(ResumeGuard(on_purpose))
+    runner.train()
 
 
 def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:

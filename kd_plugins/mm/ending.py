@@ -120,6 +120,8 @@ def plain_config(config: Config) -> Config:
     """A copy of a distilled config that is the plain student's, and that imports this package only if it is used."""
     plain = copy.deepcopy(config)
     remove_distillation(plain)
+    # A test with it would write its own copy over the file.
+    plain.pop('work_dir', None)
     imports = plain.get('custom_imports')
     if isinstance(imports, Mapping):
         rest = {key: value for key, value in plain.items() if key != 'custom_imports'}

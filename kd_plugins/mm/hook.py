@@ -36,12 +36,11 @@ from kd_plugins.mm.example import example_batch
 from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
+from kd_plugins.mm.resume import STATE, forget
 from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
 from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
-
-STATE = 'kd_plugins'
 
 
 @HOOKS.register_module()
@@ -153,6 +152,8 @@ class DistillHook(Hook):
                 'run.'
             )
         self._attach(model, runner)
+        # Of terms that a resumed run had under another name.
+        forget(runner.message_hub.log_scalars, keep=self.session.terms)
         text = summary(
             rows,
             self.session.teachers,
