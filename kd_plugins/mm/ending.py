@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import nn
 
 from kd_plugins import __version__
 from kd_plugins.classification.classifier import TimmClassifier
+from kd_plugins.classification.creation import timm_call
 from kd_plugins.distiller.ending import Student, shorter
 from kd_plugins.mm.configs import remove_distillation
 from kd_plugins.mm.host import unit_of
@@ -169,12 +169,15 @@ def commands(model: nn.Module, config: Config, file: str, weights: str) -> dict[
     """
     found = {'test': f'kd-plugins test {file} {weights}'}
     if isinstance(model, TimmClassifier):
-        created = timm_call(model, config, weights)
-        found['use'] = f'python -c "import timm; model = {created}.eval()"'
-        sides = ', '.join(map(str, model.data_preprocessor.size or (224, 224)))
-        picture = f'torch.rand(1, {config.model.get("in_chans", 3)}, {sides})'
-        onnx = Path(weights).with_suffix('.onnx').as_posix()
-        found['export'] = f'python -c "import timm, torch; torch.onnx.export({created}.eval(), ({picture},), {onnx!r})"'
+        created = timm_call(plain_data(config.model), weights)
+        if created is not None:
+            sides = ', '.join(map(str, model.data_preprocessor.size or (224, 224)))
+            picture = f'torch.rand(1, {config.model.get("in_chans", 3)}, {sides})'
+            onnx = Path(weights).with_suffix('.onnx').as_posix()
+            call = f'torch.onnx.export({created}.eval(), ({picture},), {onnx!r}, dynamo=False)'
+            found['use'] = f'python -c "import timm; model = {created}.eval()"'
+            # torch's other exporter needs packages that nothing else does.
+            found['export'] = f'python -c "import timm, torch; {call}"'
         return found
     package = config.get('default_scope', 'mmengine')
     if package in INFERENCERS:
@@ -185,27 +188,3 @@ def commands(model: nn.Module, config: Config, file: str, weights: str) -> dict[
         )
         found['export'] = f'python mmdeploy/tools/deploy.py DEPLOY_CONFIG {file} {weights} image.jpg --work-dir onnx'
     return found
-
-
-def timm_call(model: TimmClassifier, config: Config, weights: str) -> str:
-    """The call with which timm itself builds a classifier and loads its weights."""
-    own = inspect.signature(TimmClassifier).parameters
-    options = {k: v for k, v in config.model.items() if k not in own and k != 'type'}
-    options |= {k: config.model[k] for k in ('num_classes', 'in_chans') if config.model.get(k) is not None}
-    size = config.model.get('input_size')
-    if size is not None and 'img_size' not in options and _takes_size(model.model_name, options, size):
-        options['img_size'] = size
-    words = ''.join(f', {key}={plain_data(value)!r}' for key, value in options.items())
-    return f'timm.create_model({model.model_name!r}{words}, checkpoint_path={weights!r})'
-
-
-def _takes_size(name: str, options: Mapping[str, Any], size: Any) -> bool:
-    """Whether a network is built for one resolution."""
-    import timm
-
-    try:
-        with torch.device('meta'):
-            timm.create_model(name, img_size=size, **options)
-    except Exception:
-        return False
-    return True

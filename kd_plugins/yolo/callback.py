@@ -6,6 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ from kd_plugins.yolo.ending import ending_of
 from kd_plugins.yolo.example import example_batch
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
 from kd_plugins.yolo.host import UltralyticsHost
+from kd_plugins.yolo.log import begin_columns
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.run import Run
@@ -187,6 +189,8 @@ class DistillCallback:
             )
             logger().info(f'\n{text}\n')
             write_text(trainer.save_dir, text)
+            if trainer.resume:
+                begin_columns(Path(trainer.csv))
             write_recipe(os.path.join(trainer.save_dir, FILE), self.options, options, session)
         run.batches = max(len(trainer.train_loader), 1)
         self._runs[trainer] = run
