@@ -13,12 +13,16 @@ import os
 import sys
 from typing import Any
 
+from kd_plugins.on_import import complete_callbacks
+
 VARIABLE = 'KD_PLUGINS_YOLO'
 PTH = 'kd_plugins_yolo.pth'
-LINE = f"import os; os.environ.get('{VARIABLE}') and __import__('{__name__}', fromlist=['install']).install()\n"
+#: Also for a run that is resumed without the variable: it may have been a distilled one.
+LINE = (
+    f"import os, sys; (os.environ.get('{VARIABLE}') or 'resume' in str(getattr(sys, 'orig_argv', ''))) "
+    f"and __import__('{__name__}', fromlist=['install']).install()\n"
+)
 
-#: The module whose ``default_callbacks`` every new model and trainer copies.
-MODULE = 'ultralytics.utils.callbacks.base'
 EVENTS = ('on_pretrain_routine_start', 'on_pretrain_routine_end')
 
 
@@ -57,7 +61,7 @@ def enable(folder: str | None = None) -> str:
     return (
         f'Enabled by {path}.\n'
         f'Distil with an unmodified yolo:  {VARIABLE}=kd.yaml yolo train model=... data=...\n'
-        f'Without {VARIABLE} nothing changes. Undo: yolo-kd disable'
+        f'Without {VARIABLE} nothing changes, but you are warned when a distilled run is resumed. Undo: yolo-kd disable'
     )
 
 
@@ -107,35 +111,29 @@ def _importable() -> bool:
 # ---------------------------------------------------------------------- what the .pth file calls, when it is set
 def install() -> None:
     """Wait for the import of Ultralytics; imports nothing itself."""
-    # Absolute: the program may change its folder before it trains.
-    sys.meta_path.insert(0, _Hook(os.path.abspath(os.environ[VARIABLE])))
+    if os.environ.get(VARIABLE):
+        # Absolute: the program may change its folder before it trains.
+        recipe = os.path.abspath(os.environ[VARIABLE])
+        complete_callbacks(lambda module: _distil(module, recipe))
+    complete_callbacks(_watch)
 
 
-class _Hook:
-    """A finder that finds nothing itself: it completes one module after its own loader has executed it."""
+def _distil(module: Any, recipe: str) -> None:
+    callback = RecipeCallback(recipe)
+    for event in EVENTS:
+        module.default_callbacks[event].append(getattr(callback, event))
 
-    def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != MODULE:
-            return None
-        import importlib.util
+def _watch(module: Any) -> None:
+    module.default_callbacks.setdefault('on_train_start', []).append(on_train_start)
 
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
 
-        def exec_module(module: Any) -> None:
-            execute(module)
-            callback = RecipeCallback(self.recipe)
-            for event in EVENTS:
-                module.default_callbacks[event].append(getattr(callback, event))
+def on_train_start(trainer: Any) -> None:
+    """Warn of a distilled run that is resumed without distillation."""
+    if getattr(trainer, 'resume', False):
+        from kd_plugins.yolo.resume import warn_undistilled
 
-        spec.loader.exec_module = exec_module
-        return spec
+        warn_undistilled(trainer)
 
 
 class RecipeCallback:

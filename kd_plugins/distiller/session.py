@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_plugins.distiller.apart import Apart
-from kd_plugins.distiller.balance import Balance
+from kd_plugins.distiller.balance import AIM, Balance
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.host import Host, Position
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
 from kd_plugins.distiller.parts import Parts, trainable
 from kd_plugins.distiller.protocol import Detector, Teacher
-from kd_plugins.distiller.schedules import Window
+from kd_plugins.distiller.schedules import Constant, Window
 from kd_plugins.distiller.summary import Row
 from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.terms import Resolver, Term
@@ -650,6 +651,28 @@ class Session(Apart):
                 teacher.load_state(saved[name])
 
     # ------------------------------------------------------------------ around the losses
+    def proportion(self) -> str | None:
+        """A sentence when KD was out of proportion since the last call, with what to write; once per direction."""
+        live, now = self.live, self.position.progress
+        # Weights that are still on their way up are small on purpose, and with alpha=1 KD is to be all there is.
+        rising = any(t.weight(1.0) > self.weight(t) for t in live)
+        found = None if self.alpha == 1 else self.balance.verdict(low=not rising)
+        if found is None:
+            return None
+        verdict, factor = found
+        advice = 'lower the weights' if factor < 1 else 'raise the weights'
+        if live and math.isfinite(factor):
+            constant = [isinstance(t.weight, Constant) for t in live]
+            numbers = [f'{t.name}: weight={_rounded(t.weight(now) * factor)}' for t in live]
+            if not all(constant):
+                advice += f': {_rounded(factor)} times what they are'
+            elif len(numbers) == 1:
+                advice += f': {numbers[0].partition(": ")[2]}'
+            else:
+                advice += f': {", ".join(numbers)}'
+            advice += f' would give {AIM:g}'
+        return f'{verdict}; {advice}'
+
     def refuse_nan(self, task: Tensor, losses: Mapping[str, Tensor]) -> None:
         """In the first distilled iteration only (it synchronises): real images can overflow what the check did not.
 
@@ -684,6 +707,10 @@ class Session(Apart):
                 f'{size} pixels: {in_words(error)}; if it was made for one size only, write that as '
                 f'{self.host.size_option(side)}.'
             ) from error
+
+
+def _rounded(value: float) -> str:
+    return f'{float(f"{value:.2g}"):g}'
 
 
 def _refuse_too_few(term: Term, images: int) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.schedules import Window
 from kd_plugins.predictions import Classes
+
+#: No line is longer, but for a word that is.
+WIDTH = 100
+_GAP = '  '
+#: Where a cell may be broken: between words, and where there is no room for one inside paths and CamelCase.
+_SEAM = re.compile(r'(\s+|(?<=[./:_])(?=\w)|(?<=[a-z])(?=[A-Z]))')
 
 
 @dataclass(frozen=True)
@@ -66,26 +74,61 @@ def summary(
             ('classes', classes[name]),
         ]
     facts += [('active', schedule), *(('note', n) for n in notes)]
-    header = ('term', 'loss', 'weight', 'side', 'tap', 'what is there', 'adapter')
-    table: list[Sequence[str]] = [header]
+    table: list[Sequence[str]] = [('term', 'loss', 'weight', 'side', 'tap', 'what is there', 'adapter')]
     for row in rows:
         table.append((row.name, row.loss, row.weight, 'student', row.student, row.student_shape, row.adapter))
         table.append(('', row.when, '', 'teacher', row.teacher, row.teacher_shape, ''))
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    rule = '  ' + '-' * (sum(widths) + 2 * (len(widths) - 1))
+    head, *body = [wrapped(line, _widths(table)) for line in table]
+    rule = '  ' + '-' * (max(len(line) for block in (head, *body) for line in block) - 2)
     lines = ['Knowledge distillation is ON']
-    lines += [f'  {key:<8} {value}' for key, value in facts]
-    lines.append(rule)
-    for index, line in enumerate(table):
-        lines.append(('  ' + '  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))).rstrip())
-        if index == 0:
-            lines.append(rule)
+    lines += [line for key, value in facts for line in entry(key, value)]
+    lines += [rule, *head, rule, *(line for block in body for line in block), rule]
     trainable = sum(r.parameters for r in rows)
-    lines.append(rule)
     lines.append(
         f'  trainable adapter parameters: {count(trainable)} (not part of the student or its checkpoint weights)'
     )
     return '\n'.join(lines)
+
+
+def entry(key: str, value: str) -> list[str]:
+    """A fact of a summary, on as many lines as it takes; paths stay in one piece."""
+    wrapper = textwrap.TextWrapper(WIDTH - 11, break_on_hyphens=False, break_long_words=False)
+    first, *more = wrapper.wrap(value) or ['']
+    return [f'  {key:<8} {first}'.rstrip(), *(' ' * 11 + line for line in more)]
+
+
+def wrapped(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A line of a table, on as many lines as its longest cell takes."""
+    blocks = [
+        _wrapper(width, width < _longest(cell)).wrap(cell) or [''] for cell, width in zip(cells, widths, strict=True)
+    ]
+    lines = []
+    for i in range(max(map(len, blocks))):
+        parts = [b[i] if i < len(b) else '' for b in blocks]
+        lines.append((_GAP + _GAP.join(p.ljust(w) for p, w in zip(parts, widths, strict=True))).rstrip())
+    return lines
+
+
+def _widths(table: Sequence[Sequence[str]]) -> list[int]:
+    """Widths of the columns; the widest give way until a line is no longer than `WIDTH`, between words if they can."""
+    columns = list(zip(*table, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    words = [max(map(_longest, column)) for column in columns]
+    while sum(widths) + len(_GAP) * len(widths) > WIDTH:
+        loose = [i for i, width in enumerate(widths) if width > words[i]] or range(len(widths))
+        widths[max(loose, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _longest(cell: str) -> int:
+    return max(map(len, cell.split()), default=1)
+
+
+def _wrapper(width: int, seams: bool) -> textwrap.TextWrapper:
+    wrapper = textwrap.TextWrapper(max(width, 1), break_on_hyphens=False)
+    if seams:
+        wrapper.wordsep_simple_re = _SEAM
+    return wrapper
 
 
 def classes_text(

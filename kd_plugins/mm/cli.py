@@ -16,8 +16,9 @@ from mmengine.utils import get_object_from_string
 
 from kd_plugins import registry as ours
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, plain_model
+from kd_plugins.mm.configs import load_config, remove_distillation
 from kd_plugins.mm.recipes import read_python
+from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.recipes import find_recipe
 from kd_plugins.type_names import type_name
 
@@ -99,7 +100,8 @@ def train(argv: Sequence[str] | None = None) -> None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
     hooks = config.get('default_hooks') or {}
-    if 'distill' in hooks and hooks['distill'] is None:
+    on_purpose = 'distill' in hooks and hooks['distill'] is None
+    if on_purpose:
         # What None does to MMEngine's own hooks; of others it asserts that they are none.
         remove_distillation(config)
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
@@ -111,7 +113,10 @@ def train(argv: Sequence[str] | None = None) -> None:
     elif any(given.values()):
         raise DistillError(f'{", ".join(given)} go together; {" and ".join(missing)} is missing.')
     _check_types(config)
-    _runner(config).train()
+    runner = _runner(config)
+    if config.get('resume') and (config.get('default_hooks') or {}).get('distill') is None:
+        runner.register_hook(ResumeGuard(on_purpose))
+    runner.train()
 
 
 def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
@@ -270,11 +275,3 @@ def _import_ourselves(config: Config) -> None:
     names: list[str] = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
     if 'kd_plugins.mm' not in names:
         config.custom_imports = {**imports, 'imports': [*names, 'kd_plugins.mm']}
-
-
-def remove_distillation(config: Config) -> None:
-    """Turn a distilled config into the plain student's, in place."""
-    config.model = plain_model(config.model)
-    hooks = config.get('default_hooks')
-    if hooks and 'distill' in hooks:
-        config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}

@@ -106,6 +106,14 @@ def plain_model(model: Mapping[str, Any]) -> ConfigDict:
     return result
 
 
+def remove_distillation(config: Config) -> None:
+    """Turn a distilled config into the plain student's, in place."""
+    config.model = plain_model(config.model)
+    hooks = config.get('default_hooks')
+    if hooks and 'distill' in hooks:
+        config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
+
+
 def without_pretrained(config: Any) -> Any:
     """A copy of a model config with no instruction to fetch pretrained weights.
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import Tensor, nn
 
 from kd_plugins.distiller import (
@@ -23,20 +25,22 @@ from kd_plugins.distiller import (
     summary,
     untouched_rng,
 )
+from kd_plugins.distiller.balance import PERIOD
+from kd_plugins.distiller.ending import Ending, Validations, share_of, shorter, write_text
 from kd_plugins.distiller.summary import schedule_text
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, in_words
 from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
+from kd_plugins.mm.ending import main_metric, write_student
 from kd_plugins.mm.example import example_batch
 from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
+from kd_plugins.mm.resume import STATE, forget
 from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
 from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
-
-STATE = 'kd_plugins'
 
 
 @HOOKS.register_module()
@@ -102,6 +106,10 @@ class DistillHook(Hook):
         self._capture: Capture | None = None
         self._model: nn.Module | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._validations = Validations()
+        self._began = (0, 0.0)
+        #: Of the compared metric, where somebody has measured it.
+        self.teacher_metric: float | None = None
 
     def __deepcopy__(self, memo: dict) -> DistillHook:
         # A copy of the model made during training copies its forward hooks, and with them this object's references.
@@ -137,42 +145,98 @@ class DistillHook(Hook):
             notes.append('checked on a grey picture: the data set gave no item before the run')
         with untouched_rng():
             rows = self.session.check(*example)
-        unit, _, total = unit_of(runner)
+        unit, done, total = unit_of(runner)
         if self.session.window.start >= total:
             raise DistillError(
                 f'start={self.session.window.start} is not before the end of the run ({total} {unit}s): KD would never '
                 'run.'
             )
         self._attach(model, runner)
-        runner.logger.info(
-            summary(
-                rows,
-                self.session.teachers,
-                student=type(model).__name__,
-                student_parameters=sum(p.numel() for p in model.parameters()),
-                classes=classes,
-                schedule=schedule_text(self.session.window, unit, total, self.session.alpha),
-                notes=[*notes, *self.session.notes],
-            )
+        # Of terms that a resumed run had under another name.
+        forget(runner.message_hub.log_scalars, keep=self.session.terms)
+        text = summary(
+            rows,
+            self.session.teachers,
+            student=type(model).__name__,
+            student_parameters=sum(p.numel() for p in model.parameters()),
+            classes=classes,
+            schedule=schedule_text(self.session.window, unit, total, self.session.alpha),
+            notes=[*notes, *self.session.notes],
         )
+        runner.logger.info(text)
+        if is_main_process():
+            write_text(runner.log_dir, text)
+        self._validations, self._began = Validations(), (done, time.monotonic())
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Tell schedules where the run is."""
         self.session.begin_iteration(position_of(runner))
 
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Without epochs, warn when KD was out of proportion for a while."""
+        if isinstance(runner.train_loop, IterBasedTrainLoop) and (
+            self.every_n_train_iters(runner, PERIOD) or self.is_last_train_iter(runner)
+        ):
+            self._judge(runner, f'iteration {runner.iter + 1}')
+
     def after_train_epoch(self, runner: Any) -> None:
         """Warn when KD was out of proportion for the whole epoch; once per direction."""
-        verdict = self.session.balance.verdict()
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            self._judge(runner, f'epoch {runner.epoch + 1}')
+
+    def _judge(self, runner: Any, when: str) -> None:
+        verdict = self.session.proportion()
         if verdict is not None:
-            runner.logger.warning(f'{verdict} (epoch {runner.epoch + 1}).')
+            runner.logger.warning(f'{verdict} ({when}).')
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any] | None = None) -> None:
+        """Keep the best."""
+        if self.session is not None and metrics:
+            main, self._validations.greater = main_metric(runner, metrics, self._host.task.metrics)
+            self._validations.add(metrics, main, unit_of(runner)[1])
 
     def after_train(self, runner: Any) -> None:
-        """Leave the model as it was found."""
+        """Leave the model as it was found, write the plain student, and say what came out."""
         if self.session is not None:
             never = self.session.finish()
             if never is not None:
                 runner.logger.warning(never)
+        model = self._model
         self.detach()
+        if model is not None and is_main_process():
+            ending = self._ending(runner, model)
+            ending.write()
+            runner.logger.info(ending.text())
+
+    def _ending(self, runner: Any, model: nn.Module) -> Ending:
+        unit, total, _ = unit_of(runner)
+        start, began = self._began
+        best = self._validations.best
+        try:
+            student, at, why = write_student(runner, model)
+        except Exception as error:
+            # The disk may be full; what was trained is saved, and is not to end in a traceback.
+            student, at, why = None, None, f'the student could not be written: {in_words(error)}'
+        notes = [why] if why else []
+        if student is not None and best is not None and best.at != at:
+            notes.append(
+                f'the student is that of {unit} {at}, not the best: '
+                f'default_hooks.checkpoint.save_best={best.main!r} keeps that too'
+            )
+        if start:
+            notes.append(f'best, KD share and time are those since {unit} {start}, where the run was resumed')
+        return Ending(
+            name=type(model).__name__,
+            unit=unit,
+            total=total,
+            seconds=time.monotonic() - began,
+            share=share_of(self.session.balance, self.session.alpha),
+            best=best,
+            teacher=self.teacher_metric,
+            student=student,
+            notes=tuple(notes),
+            folder=shorter(runner.log_dir),
+        )
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Save the adapters under a key of their own; a run without adapters saves what the plain run saves."""

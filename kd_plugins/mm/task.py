@@ -23,6 +23,7 @@ class Task:
         head: Path of what predicts, ``''`` where there is no such module.
         targets: ``targets(inputs, samples)``: the labels of a batch as losses want them, or None.
         sized_by: How a user writes the size of all images.
+        metrics: How the names of what it is compared by end.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Task:
     head: str
     targets: Callable[[Any, Any], Tensor | None]
     sized_by: str = "dict(type='Resize', scale=(width, height), keep_ratio=False) in the pipeline"
+    metrics: tuple[str, ...] = ('mAP',)
 
     def size(self, model: nn.Module) -> tuple[int, int] | None:
         """``(height, width)`` of all images that a model is given; None: batches have any size."""
@@ -52,11 +54,13 @@ class Classification(Task):
             model.separate_heads = 'dist_logits' in modules
 
 
-CLASSIFICATION = Classification('classification', 'classifier', 'logits', class_labels, 'model.input_size')
+CLASSIFICATION = Classification(
+    'classification', 'classifier', 'logits', class_labels, 'model.input_size', ('top1', 'mAP')
+)
 #: In this order: a detector may have a semantic branch besides.
 DENSE = (
     Task('detection', 'detector', 'bbox_head', labels),
-    Task('segmentation', 'segmentor', 'decode_head', labels, 'data_preprocessor.size'),
+    Task('segmentation', 'segmentor', 'decode_head', labels, 'data_preprocessor.size', metrics=('mIoU',)),
 )
 #: Models without a head that predicts for every position: two-stage detectors, DETRs, and whatever comes.
 OTHER = Task('detection', 'model', '', labels)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,14 +21,17 @@ from kd_plugins.distiller import (
     summary,
     untouched_rng,
 )
+from kd_plugins.distiller.ending import write_text
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
 from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
+from kd_plugins.yolo.ending import ending_of
 from kd_plugins.yolo.example import example_batch
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
 from kd_plugins.yolo.host import UltralyticsHost
+from kd_plugins.yolo.log import begin_columns
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.run import Run
@@ -85,6 +89,8 @@ class DistillCallback:
             checked = DistillOptions(given, **options)
         # Absolute: the processes on several GPUs start in another folder.
         self.options = _found(checked)
+        #: Of the compared metric, where somebody has measured it.
+        self.teacher_metric: float | None = None
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +98,7 @@ class DistillCallback:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.options = DistillOptions.from_dict(state['options'])
+        self.teacher_metric = None
         self._runs = weakref.WeakKeyDictionary()
 
     @property
@@ -181,6 +188,9 @@ class DistillCallback:
                 notes=[*notes, *session.notes, *host.task.notes],
             )
             logger().info(f'\n{text}\n')
+            write_text(trainer.save_dir, text)
+            if trainer.resume:
+                begin_columns(Path(trainer.csv))
             write_recipe(os.path.join(trainer.save_dir, FILE), self.options, options, session)
         run.batches = max(len(trainer.train_loader), 1)
         self._runs[trainer] = run
@@ -205,16 +215,21 @@ class DistillCallback:
         if run is None:
             return
         run.end_epoch(trainer, write=is_main())
-        verdict = run.session.balance.verdict()
+        verdict = run.session.proportion()
         if verdict is not None and is_main():
             logger().warning(f'{verdict} (epoch {trainer.epoch + 1}).')
 
     def on_train_end(self, trainer: Any) -> None:
-        """Say so when the run was never distilled; not called after a crash."""
+        """Say what came out, and when the run was never distilled; not called after a crash."""
         run = self._runs.get(trainer)
-        never = run.session.finish() if run is not None else None
-        if never is not None and is_main():
+        if run is None or not is_main():
+            return
+        never = run.session.finish()
+        if never is not None:
             logger().warning(never)
+        ending = ending_of(trainer, run, self.teacher_metric)
+        ending.write()
+        logger().info(f'\n{ending.text()}\n')
 
     def teardown(self, trainer: Any) -> None:
         """Give the student its criterion back; called after training and after a crash."""

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import time
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ class Trainer:
         self.train_loader, self.stride = [None, None], 32
         self.save_dir, self.wdir = folder, folder / 'weights'
         self.wdir.mkdir(exist_ok=True)
+        self.csv, self.best, self.last = folder / 'results.csv', self.wdir / 'best.pt', self.wdir / 'last.pt'
+        self.metrics, self.best_fitness, self.train_time_start = {}, None, time.time()
         self.scaler = torch.amp.GradScaler(enabled=False)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 

@@ -426,7 +426,7 @@ def test_set_but_without_ultralytics_nothing_heavy_is_imported(tmp_path):
     autoload.enable(str(tmp_path))
     code = "print(sorted(m for m in sys.modules if m.split('.')[0] in ('kd_plugins', 'torch', 'ultralytics')))"
     found = run_python(code, tmp_path, **{autoload.VARIABLE: 'kd.yaml'})
-    assert found.strip() == "['kd_plugins', 'kd_plugins.autoload']"
+    assert found.strip() == "['kd_plugins', 'kd_plugins.autoload', 'kd_plugins.on_import']"
 
 
 def test_set_and_ultralytics_imported(tmp_path):
