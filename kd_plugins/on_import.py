@@ -43,5 +43,5 @@ class _Hook:
             execute(module)
             self.complete(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -66,7 +66,7 @@ class Validations:
 def numbers_of(metrics: Mapping[str, Any], main: str | None = None) -> dict[str, float]:
     """The numbers among metrics as floats, the one called ``main`` first."""
     found: dict[str, float] = {}
-    for key in [*([main] if main in metrics else []), *metrics]:
+    for key in [*([main] if main is not None and main in metrics else []), *metrics]:
         try:
             found[str(key)] = float(metrics[key])
         except (TypeError, ValueError):

@@ -133,7 +133,7 @@ def test_commands_have_their_options(words, options_of):
         return
     elif words[0] == 'make':
         targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
-        assert set(w for w in words[1:] if '=' not in w) <= set(targets)
+        assert {w for w in words[1:] if '=' not in w} <= set(targets)
         return
     else:
         # pip, yolo: not ours.

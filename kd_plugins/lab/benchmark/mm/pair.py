@@ -31,8 +31,8 @@ from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
 from kd_plugins.lab.benchmark.measure import Moment
 from kd_plugins.lab.benchmark.mm.batches import CLASSIFICATION, DETECTION, Batch, Detections, Labels, find_kind
 from kd_plugins.lab.checkout import our_config
-from kd_plugins.mm.cli import WITH_WEIGHTS, _use_amp, add_distillation, remove_distillation
-from kd_plugins.mm.configs import load_config, without_pretrained
+from kd_plugins.mm.cli import WITH_WEIGHTS, _use_amp, add_distillation
+from kd_plugins.mm.configs import load_config, remove_distillation, without_pretrained
 from kd_plugins.mm.hook import DistillHook
 from kd_plugins.mm.teacher import build_architecture
 from kd_plugins.teachers import from_torchvision
