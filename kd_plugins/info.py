@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 
 from kd_plugins import __version__
 from kd_plugins.errors import in_words
+from kd_plugins.extras import how_to_install
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,7 @@ def what_is_missing(zoo: Zoo, upstream: bool = False) -> str | None:
                 import_module(name)
             except ModuleNotFoundError as error:
                 own = upstream and 'mm' in zoo.extra
-                return f'needs {error.name}: ' + (
-                    f'pip install {error.name}' if own else f"pip install 'kd-plugins[{zoo.extra}]'"
-                )
+                return f'needs {error.name}: {f"pip install {error.name}" if own else how_to_install(zoo.extra)}'
             except Exception as error:
                 return f'{name} is installed and cannot be imported ({in_words(error)})'
     return None

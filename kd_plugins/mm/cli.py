@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,9 @@ def remove_distillation(config: Config) -> None:
     hooks = config.get('default_hooks')
     if hooks and 'distill' in hooks:
         config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
+
+
+if __name__ == '__main__':
+    sys.exit(
+        'python -m kd_plugins.mm.cli is no command; write kd-plugins train ..., or python -m kd_plugins train ....'
+    )

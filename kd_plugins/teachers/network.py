@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, in_words, nearest, shown
+from kd_plugins.extras import how_to_install
 from kd_plugins.predictions.classes import ClassLogits
 
 #: ImageNet's statistics, of pixels in [0, 1]: what a network without any of its own is taken to expect.
@@ -127,7 +128,7 @@ def import_timm(where: str) -> Any:
     except ImportError as error:
         if error.name != 'timm':
             raise
-        raise DistillError(f"{where} needs 'timm', which is not installed: pip install 'kd-plugins[timm]'.") from error
+        raise DistillError(f"{where} needs 'timm', which is not installed; {how_to_install('timm')}.") from error
     return timm
 
 
