@@ -282,6 +282,4 @@ def remove_distillation(config: Config) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(
-        'python -m kd_plugins.mm.cli is no command; write kd-plugins train ..., or python -m kd_plugins train ....'
-    )
+    sys.exit('python -m kd_plugins.mm.cli is no command; write kd-plugins train or python -m kd_plugins train.')
