@@ -88,7 +88,7 @@ def test_imports(run, code, sentence):
         ('yolo.cli predict model=yolo11n.pt', f'yolo-kd: {ULTRALYTICS}'),
         ('cli train x.py', 'error: kd-plugins train needs mmengine, which is not installed; kd-plugins info '),
         ('cli demo --zoo yolo', 'error: kd-plugins demo needs '),
-        ('cli benchmark --zoo yolo', 'error: Ultralytics is not installed; pip install '),
+        ('cli benchmark --zoo yolo', 'error: kd-plugins benchmark needs '),
         ('mm.cli train x.py', MM),
     ],
 )

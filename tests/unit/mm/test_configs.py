@@ -1,5 +1,7 @@
 """Configs whose types are names, whole paths, or the classes and functions themselves."""
 
+import os
+
 import pytest
 import torch
 from mmdet.models import RTMDet
