@@ -103,7 +103,7 @@ def pip_cache():
 
 
 def cached_mmcv(version):
-    """Whether pip's cache has a build of the pinned mmcv for a Python; which torch it fits shows only when it is used."""
+    """Whether pip's cache has a build of the pinned mmcv for a Python; which torch it fits shows when it is used."""
     pin = re.search(r'^onedl-mmcv==(\S+)', (ROOT / 'constraints.txt').read_text(), re.M)
     name = 'onedl_mmcv-{}-cp{}{}-*.whl'.format(pin.group(1) if pin else '*', *version)
     return any((pip_cache() / 'wheels').glob('**/' + name))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kd_plugins import __version__
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
@@ -237,6 +238,7 @@ def _report(experiment: Experiment, runs: _Runs, teacher: Arm, plain: Arm, disti
             'trainings at once': f'{experiment.jobs} (on {experiment.cores} cores)',
             'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
             'torch': torch.__version__,
+            'kd_plugins': __version__,
         },
         step=experiment.step,
         unit=experiment.unit,
