@@ -165,12 +165,13 @@ def absolute_name(name: str) -> str:
 def _parsed(timm: Any, name: str, where: str) -> tuple[str | None, str]:
     """Where timm looks for a model (None: in itself), and its name there."""
     try:
-        return timm.models.parse_model_name(name)
+        place, model = timm.models.parse_model_name(name)
     except Exception as error:
         raise DistillError(
             f'{where}: timm cannot read the name {name!r}; models from elsewhere are written '
             f"'hf-hub:owner/name' or 'local-dir:folder' ({in_words(error)})."
         ) from error
+    return place or None, model  # '' in timm 1.0.15, None since
 
 
 def timm_names(net: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
