@@ -5,7 +5,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 # Any Python 3 can start the installer, which looks for a supported one; a PYTHON that was given is taken at its word.
-STARTER := $(or $(PYTHON),$(shell for p in python3 python3.12 python3.11 python3.10; do command -v $$p && break; done))
+STARTER := $(or $(PYTHON),$(shell for p in python3 python3.12 python3.11 python3.10 python3.13; do command -v $$p && break; done))
 PY := "$(VENV)/bin/python"
 
 LINT = $(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
@@ -26,7 +26,7 @@ help:
 	@echo 'make format     let ruff format and mend the sources'
 	@echo 'make clean      remove caches and build leftovers, keep the virtual environment'
 	@echo
-	@echo 'VENV=$(VENV) is the virtual environment, PYTHON= the interpreter it is made from (3.10, 3.11 or 3.12).'
+	@echo 'VENV=$(VENV) is the virtual environment, PYTHON= the interpreter it is made from (3.10 - 3.12; 3.13 without mmdet, mmseg).'
 
 install:
 	@command -v "$(STARTER)" >/dev/null || { \

@@ -60,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             find_command(words[0])(words[1:])
         except DistillError as error:
             sys.exit(f'error: {error}')
+        except ModuleNotFoundError as error:
+            if not _is_ours(error):
+                raise
+            sys.exit(f'error: {_missing(words[0], error)}')
 
 
 def find_command(name: str) -> Callable[[list[str]], Any]:
@@ -76,9 +80,21 @@ def find_command(name: str) -> Callable[[list[str]], Any]:
     except ModuleNotFoundError as error:
         if str(error.name).startswith('kd_plugins'):
             raise
-        raise DistillError(
-            f'kd-plugins {name} needs {error.name}, which is not installed; kd-plugins info says what to install.'
-        ) from error
+        raise DistillError(_missing(name, error)) from error
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> str:
+    package = str(error.name).partition('.')[0]
+    return f'kd-plugins {command} needs {package}, which is not installed; kd-plugins info says what to install.'
+
+
+def _is_ours(error: ModuleNotFoundError) -> bool:
+    """Whether it is this package that asked for what is missing, not a user's config or another package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    asking = str(trace.tb_frame.f_globals.get('__name__')) if trace else ''
+    return asking.startswith('kd_plugins.') and not str(error.name).startswith('kd_plugins')
 
 
 def help_text() -> str:

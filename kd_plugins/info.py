@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 
 from kd_plugins import __version__
 from kd_plugins.errors import in_words
+from kd_plugins.extras import how_to_install
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog='kd-plugins info', description='Versions, and which frameworks can be used here.'
     ).parse_args(argv)
     modules = dict.fromkeys(m for zoo in ZOOS for m in zoo.modules if '.' not in m and m != 'kd_plugins')
-    rows = [('kd_plugins', __version__), ('python', platform.python_version())]
+    rows = [('kd_plugins', __version__), ('python', platform.python_version()), ('system', platform.platform())]
     distributions = metadata.packages_distributions()
     rows += [(name, version_of(name, distributions.get(name, ()))) for name in modules]
     for name, version in rows:
         print(f'{name:17} {version}', flush=True)
+    print(f'{"devices":17} {devices()}', flush=True)
     print()
     for zoo in ZOOS:
         print(f'{zoo.name:17} ', end='', flush=True)
         # OneDL's distributions, which the extra brings, would overwrite those of the same import names.
         upstream = 'mmengine' in distributions.get('mmengine', ())
         print(what_is_missing(zoo, upstream) or 'ready', flush=True)
+
+
+def devices() -> str:
+    """What torch can compute on here."""
+    try:
+        import torch
+    except ImportError as error:
+        return f'unknown, as torch cannot be imported ({in_words(error)})'
+    found = [f'cpu ({torch.get_num_threads()} threads)']
+    found += [f'cuda:{i} ({torch.cuda.get_device_name(i)})' for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append('mps')
+    return ', '.join(found)
 
 
 def version_of(module: str, distributions: Sequence[str]) -> str:
@@ -89,9 +104,7 @@ def what_is_missing(zoo: Zoo, upstream: bool = False) -> str | None:
                 import_module(name)
             except ModuleNotFoundError as error:
                 own = upstream and 'mm' in zoo.extra
-                return f'needs {error.name}: ' + (
-                    f'pip install {error.name}' if own else f"pip install 'kd-plugins[{zoo.extra}]'"
-                )
+                return f'needs {error.name}: {f"pip install {error.name}" if own else how_to_install(zoo.extra)}'
             except Exception as error:
                 return f'{name} is installed and cannot be imported ({in_words(error)})'
     return None

@@ -10,11 +10,17 @@ try:
     from mmengine.registry import METRICS as _METRICS
     from mmengine.registry import MODELS as _MODELS
     from mmengine.registry import Registry
-except ImportError as error:
-    raise ImportError(
-        "kd_plugins.mm needs MMEngine, which is not installed: pip install 'kd-plugins[mm]', or the mmengine / mmdet "
-        'distribution you already use.'
-    ) from error
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    from kd_plugins.extras import how_to_install
+
+    # With its name, by which commands and teachers tell what is missing.
+    raise ModuleNotFoundError(
+        'kd_plugins.mm needs MMEngine, which is not installed; install the mmengine, mmcv and mmdet or mmseg that you '
+        f"use elsewhere, or OneDL's: {how_to_install('mm')}.",
+        name=error.name,
+    ) from None
 
 _LOCATIONS = ['kd_plugins.mm']
 

@@ -23,11 +23,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SUPPORTED = ((3, 10), (3, 11), (3, 12))
+SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
+WITH_MM = SUPPORTED[:3]  # those on which the OneDL builds of mmcv, mmdet and mmseg are known to work
 STATE = '.kd_install'  # inside the virtual environment: stamps, lock, log and scratch space
 HEARTBEAT = 15.0  # seconds between two signs of life of a long step
-# Disk (GB) that each part needs while it is not there yet, its build included; and what pip may keep of downloads.
-NEEDS_GB = {'torch': 5.0, 'onedl_mmcv': 1.0, 'onedl_mmdetection': 0.5}
+# Disk (GB), its build included, and minutes (on two cores, apart from a slow network) that each part needs while it is
+# not there yet; ultralytics stands for all frameworks. And what pip may keep of downloads.
+NEEDS_GB = {'torch': 5.0, 'onedl_mmcv': 1.0, 'ultralytics': 1.0}
+MINUTES = {'torch': 4, 'onedl_mmcv': 10, 'ultralytics': 4}
 CACHE_GB = 3.0
 
 
@@ -54,6 +57,11 @@ def problem_of(python):
     except (OSError, subprocess.CalledProcessError, ValueError):
         return f'{python} does not run; name a Python of {names} with PYTHON=.'
     version = '%d.%d' % tuple(found['version'])
+    if tuple(found['version']) > SUPPORTED[-1]:
+        return (
+            f'Python {version} ({python}) is too new: no release of these frameworks has been tried on it yet; install '
+            f'one of {names}, or name it with PYTHON=.'
+        )
     if tuple(found['version']) not in SUPPORTED:
         return f'Python {version} ({python}) is not supported; install one of {names}, or name it with PYTHON=.'
     if not found['venv']:
@@ -61,7 +69,7 @@ def problem_of(python):
             f'Python {version} ({python}) lacks the venv or ensurepip module '
             f'(Debian, Ubuntu: apt install python{version}-venv).'
         )
-    if not found['headers']:
+    if not found['headers'] and tuple(found['version']) in WITH_MM:
         return (
             f'Python {version} ({python}) lacks its C headers (Python.h), needed to build mmcv '
             f'(Debian, Ubuntu: apt install python{version}-dev).'
@@ -70,15 +78,35 @@ def problem_of(python):
 
 
 def choose_python(exact):
-    """The interpreter to make the environment from: this one, or (unless `exact`) the first supported one on PATH."""
+    """The interpreter to make the environment from: this one, or (unless `exact`) the first on PATH that has it all."""
     problem = problem_of(sys.executable)
-    if problem is None:
+    if problem is None and (exact or version_of(sys.executable) in WITH_MM):
         return sys.executable
     for name in () if exact else ('python3.12', 'python3.11', 'python3.10'):
         other = shutil.which(name)
         if other and problem_of(other) is None:
             return other
+    if problem is None:
+        return sys.executable
     raise Stop(problem)
+
+
+def version_of(python):
+    """Version of an interpreter that runs, such as (3, 12)."""
+    return tuple(json.loads(subprocess.check_output([str(python), '-c', PROBE]).decode())['version'])
+
+
+def pip_cache():
+    """The folder of pip's cache."""
+    folder = os.environ.get('PIP_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pip')
+    return Path(folder).expanduser()
+
+
+def cached_mmcv(version):
+    """Whether pip's cache has a build of the pinned mmcv for a Python; which torch it fits shows when it is used."""
+    pin = re.search(r'^onedl-mmcv==(\S+)', (ROOT / 'constraints.txt').read_text(), re.M)
+    name = 'onedl_mmcv-{}-cp{}{}-*.whl'.format(pin.group(1) if pin else '*', *version)
+    return any((pip_cache() / 'wheels').glob('**/' + name))
 
 
 def check_compiler():
@@ -166,6 +194,9 @@ class Installer:
 
     def build_mmcv(self):
         """Compile mmcv's operators, or take pip's cached build if it fits this torch."""
+        if not self.with_mm():
+            print(f'      not on Python {self.version()}: timm, Ultralytics and the losses only', flush=True)
+            return
         build = ('-v', '--no-build-isolation', 'onedl-mmcv')  # -v: the compiler's progress reaches the log
         self._pip(*build, **self._build_environment())
         self._mend_opencv()
@@ -177,7 +208,7 @@ class Installer:
     def install_project(self):
         self._pip('--no-build-isolation', '-e', '.[all]')
         self._mend_opencv()
-        for module in ('torchvision', 'mmcv.ops', 'kd_plugins'):
+        for module in ('torchvision', *(['mmcv.ops'] if self.with_mm() else []), 'kd_plugins'):
             self._require(module)
 
     def _build_environment(self):
@@ -265,6 +296,28 @@ class Installer:
         found = re.search(r'^version(?:_info)? *= *(\d+\.\d+)', config.read_text(), re.M)
         return found.group(1) if found else ''
 
+    def with_mm(self):
+        """Whether the environment's Python is one for mmcv, mmdet and mmseg."""
+        return tuple(int(number) for number in self.version().split('.')) in WITH_MM
+
+    def missing(self, version):
+        """What is not there yet and can be on this Python, of the parts of `NEEDS_GB`."""
+        return [n for n in NEEDS_GB if not self.has(n) and (version in WITH_MM or not n.startswith('onedl'))]
+
+    def forecast(self, version):
+        """How long the installation will take, how much disk it needs, and what need not be compiled, in a sentence."""
+        missing = self.missing(version)
+        minutes = {name: MINUTES[name] for name in missing}
+        cached = cached_mmcv(version)
+        if 'onedl_mmcv' in minutes:
+            minutes['onedl_mmcv'] = 1 if cached else max(2, 2 * minutes['onedl_mmcv'] // len(os.sched_getaffinity(0)))
+        text = 'About {} minutes and {:.0f} GB of disk (torch and the frameworks are downloads of about 3 GB)'.format(
+            max(1, sum(minutes.values())), max(1, sum(NEEDS_GB[name] for name in missing))
+        )
+        if 'onedl_mmcv' not in minutes:
+            return text + '.'
+        return text + ("; pip's cache has mmcv for this Python." if cached else '; mmcv is compiled, once.')
+
     def stamps(self):
         """Yield the stamp file of each step and the text it must hold."""
         made_from = hashlib.sha256(f'{self.version()} {ROOT} {self.venv}'.encode())
@@ -297,23 +350,24 @@ class Installer:
         return any(self.venv.glob(f'lib/python3*/site-packages/{distribution}-[0-9]*.dist-info/RECORD'))
 
     def prepare(self):
-        """Check the machine and the target folder before the first change."""
+        """Check the machine and the target folder before the first change; returns the forecast."""
         version = self.version()
         if version:
             problem = problem_of(self.python)
             if problem:
                 raise Stop(problem)
+            version = version_of(self.python)
         else:
-            choose_python(self.exact)
+            version = version_of(choose_python(self.exact))
         used = self.venv.exists() and any(self.venv.iterdir())
         if used and not (self.state / 'made-here').exists() and not self.healthy():
             raise Stop(f'{self.venv} is no working virtual environment with pip: remove it, or choose another VENV=.')
-        missing = [name for name in NEEDS_GB if not self.has(name)]
+        missing = self.missing(version)
         if 'onedl_mmcv' in missing:
             check_compiler()
-        cache = Path(os.environ.get('PIP_CACHE_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pip'))
         needs = [(self.venv, sum(NEEDS_GB[name] for name in missing))]
-        check_disk([*needs, (cache.expanduser(), CACHE_GB)] if 'torch' in missing else needs)
+        check_disk([*needs, (pip_cache(), CACHE_GB)] if 'torch' in missing else needs)
+        return self.forecast(version)
 
     def run(self):
         version, running = self.version(), '%d.%d' % sys.version_info[:2]
@@ -321,7 +375,7 @@ class Installer:
             raise Stop(f'{self.venv} has Python {version}, PYTHON= is {running}: remove it, or choose another VENV=.')
         if self.due() == len(self.steps):
             return
-        self.prepare()
+        forecast = self.prepare()
         self.state.mkdir(parents=True, exist_ok=True)
         self.lock = (self.state / 'lock').open('w')
         try:
@@ -332,7 +386,7 @@ class Installer:
         first = self.due()  # again: the other one may have finished it
         if first == len(self.steps):
             return
-        print(f'Installing into {self.venv} (log: {self.log})', flush=True)
+        print(f'Installing into {self.venv} (log: {self.log})\n{forecast}', flush=True)
         self.drop_half_installed()
         begin = time.monotonic()
         for index, (title, action, _) in enumerate(self.steps[first:], first):

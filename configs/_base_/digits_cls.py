@@ -1,4 +1,4 @@
-"""Small classifiers on real handwritten digits (tools/prepare_digits.py): scans of 8 x 8 pixels, ten classes.
+"""Small classifiers on real handwritten digits (kd-plugins prepare-digits): scans of 8 x 8 pixels, ten classes.
 
 Children give the model, its learning rate and ``train_cfg.max_epochs``. ``DIGITS_ROOT`` in the environment names
 another folder. The 1258 images make 19 batches.

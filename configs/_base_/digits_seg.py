@@ -1,4 +1,4 @@
-"""Semantic FPN on scenes of real handwritten digits (tools/prepare_digits.py): background and ten digits.
+"""Semantic FPN on scenes of real handwritten digits (kd-plugins prepare-digits): background and ten digits.
 
 Children set the width of the model and ``train_cfg.max_iters``. ``DIGITS_ROOT`` in the environment names another
 folder. Everything is written out: under the OneDL distributions ``_base_ = 'mmseg::...'`` installs another package.

@@ -1,4 +1,4 @@
-"""YOLOX on scenes of real handwritten digits (tools/prepare_digits.py): data, evaluation, schedule for two CPU cores.
+"""YOLOX on scenes of real handwritten digits (kd-plugins prepare-digits): data, evaluation, schedule for two CPU cores.
 
 Children set the width of the model and ``train_cfg.max_epochs``. ``DIGITS_ROOT`` in the environment names another
 folder.

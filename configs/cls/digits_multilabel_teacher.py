@@ -1,4 +1,4 @@
-"""Which digits are in a scene (tools/prepare_digits.py)? Several labels per image; a narrow ResNet-18 that teaches.
+"""Which digits are in a scene (kd-plugins prepare-digits)? Several labels per image; a narrow ResNet-18 that teaches.
 
 ``DIGITS_ROOT`` in the environment names another folder.
 """

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from kd_plugins.classification.sample import ClassSample
 from kd_plugins.classification.transforms import build_transform
 from kd_plugins.errors import DistillError, nearest
+from kd_plugins.extras import how_to_install
 from kd_plugins.registry import DATASETS
 
 #: As torchvision's ImageFolder.
@@ -214,7 +215,7 @@ class ImageFolder(_Files):
             from torchvision.datasets.folder import make_dataset
         except ImportError as error:
             raise DistillError(
-                f"ImageFolder needs torchvision, which cannot be imported ({error}): pip install 'kd-plugins[timm]'."
+                f'ImageFolder needs torchvision, which cannot be imported ({error}); {how_to_install("timm")}.'
             ) from error
         root = _folder(root, 'root')
         folder = root if split is None else _folder(os.path.join(root, split), 'split')

@@ -1,5 +1,7 @@
 """Distillation inside MMEngine's Runner: importing this registers everything under the scope ``kd_plugins``."""
 
+# First: it says in a sentence when there is no MMEngine.
+from kd_plugins import registry  # noqa: F401  # isort: skip
 from kd_plugins.classification import datasets, metrics  # noqa: F401  (register them)
 from kd_plugins.classification.classifier import TimmClassifier
 from kd_plugins.classification.preprocessor import ClassifierPreprocessor

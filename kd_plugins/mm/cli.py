@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,7 @@ def _import_ourselves(config: Config) -> None:
     names: list[str] = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
     if 'kd_plugins.mm' not in names:
         config.custom_imports = {**imports, 'imports': [*names, 'kd_plugins.mm']}
+
+
+if __name__ == '__main__':
+    sys.exit('python -m kd_plugins.mm.cli is no command; write kd-plugins train or python -m kd_plugins train.')

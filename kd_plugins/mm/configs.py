@@ -1,72 +1,19 @@
-"""Finding and reading configs of the MM family, without MMEngine's hub."""
+"""Reading configs of the MM family, without MMEngine's hub."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from kd_plugins.errors import DistillError, nearest
+from kd_plugins.config_files import resolve_config
+from kd_plugins.errors import DistillError
 from kd_plugins.type_names import type_name
 
 #: MMEngine's initialiser from a file, by its name in the registry and as a class.
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
-
-
-def config_folder(package: str) -> Path:
-    """The folder of the configs that an installed package ships.
-
-    ``mmengine.hub`` and ``mim`` also find it, but under the OneDL distributions they install another package first.
-
-    Args:
-        package: Import name, e.g. ``'mmdet'``.
-
-    Raises:
-        DistillError: The package is not installed or ships no configs.
-    """
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise DistillError(f'Package {package!r} is not installed, so its configs ({package}::...) cannot be found.')
-    root = Path(next(iter(spec.submodule_search_locations)))
-    for folder in (root / '.mim' / 'configs', root.parent / 'configs'):
-        if folder.is_dir():
-            return folder
-    raise DistillError(f'Package {package!r} ships no configs; give the path of a config file.')
-
-
-def resolve_config(text: str, where: str = 'teacher.config') -> str:
-    """The path of a config written as a file or as ``package::relative/path.py``.
-
-    Args:
-        text: The spelling.
-        where: The option it came from, for error messages.
-
-    Raises:
-        DistillError: There is no such file; the nearest ones are named.
-    """
-    if '::' in text:
-        package, _, relative = text.partition('::')
-        folder = config_folder(package)
-        relative = relative if relative.endswith('.py') else relative + '.py'
-        path = folder / relative
-        if not path.is_file():
-            near = folder / os.path.dirname(relative)
-            pool: list[Path] = list(near.glob('*.py')) if near.is_dir() else list(folder.glob('*/*.py'))
-            names = [f'{package}::{p.relative_to(folder).as_posix()}' for p in pool]
-            raise DistillError(f'{where} {text!r} does not exist; {nearest(text, names)}')
-        return str(path)
-    path = Path(text).expanduser()
-    if not path.is_file():
-        pool = list(path.parent.glob('*.py')) if path.parent.is_dir() else []
-        raise DistillError(f'{where} {text!r} does not exist; {nearest(text, [p.as_posix() for p in pool])}')
-    return str(path)
 
 
 def load_config(spec: str | Mapping[str, Any], where: str = 'teacher.config') -> Config:

@@ -15,6 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import Tensor, nn
 
+from kd_plugins import __version__
 from kd_plugins.distiller import (
     Capture,
     Session,
@@ -239,7 +240,8 @@ class DistillHook(Hook):
         )
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Save the adapters under a key of their own; a run without adapters saves what the plain run saves."""
+        """Save the adapters under a key of their own, our version beside the frameworks'; the rest is a plain run's."""
+        checkpoint.setdefault('meta', {})['kd_plugins_version'] = __version__
         state = self.session.state() if self.session is not None else {}
         if state:
             checkpoint[STATE] = state

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import kd_plugins.mm.heads  # noqa: F401  (registers the head readers)
+from kd_plugins.config_files import resolve_config
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys
-from kd_plugins.mm.configs import load_config, resolve_config
+from kd_plugins.mm.configs import load_config
 from kd_plugins.mm.teacher import TEACHER_KEYS, build_teacher
 from kd_plugins.teachers import PixelFormat, find_file
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from kd_plugins.config_files import resolve_config
 from kd_plugins.errors import DistillError, check_keys, nearest
 
 FOLDER = Path(__file__).parent
@@ -58,14 +59,15 @@ def description(name: str) -> str:
 def is_name(text: str | os.PathLike[str]) -> bool:
     """Whether a spelling can only be the name of a recipe, not a file: it has neither a folder nor a suffix."""
     path = Path(text)
-    return path.name == os.fspath(text) and not path.suffix
+    return path.name == os.fspath(text) and not path.suffix and '::' not in path.name
 
 
 def find_recipe(recipe: str | os.PathLike[str], where: str = 'recipe') -> Path:
     """The file of a recipe.
 
     Args:
-        recipe: A name, or the path of a file of one's own: ``.yaml``, ``.yml``, or for MMEngine ``.py``.
+        recipe: A name, or the path of a file of one's own: ``.yaml``, ``.yml``, or for MMEngine ``.py``; also
+            ``package::path`` of one that a package ships, e.g. ``kd_plugins::yolo/early.yaml``.
         where: The option it came from, for error messages.
 
     Raises:
@@ -74,6 +76,8 @@ def find_recipe(recipe: str | os.PathLike[str], where: str = 'recipe') -> Path:
     if not isinstance(recipe, (str, os.PathLike)):
         raise DistillError(f'{where} must be the name or the file of a recipe, got {recipe!r}.')
     text = os.fspath(recipe)
+    if '::' in text:
+        return Path(resolve_config(text, where))
     path = FOLDER / f'{text}.yaml' if is_name(text) else Path(text).expanduser()
     if path.is_file():
         return path

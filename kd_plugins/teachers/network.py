@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError, in_words, nearest, shown
+from kd_plugins.extras import how_to_install
 from kd_plugins.predictions.classes import ClassLogits
 
 #: ImageNet's statistics, of pixels in [0, 1]: what a network without any of its own is taken to expect.
@@ -127,7 +128,7 @@ def import_timm(where: str) -> Any:
     except ImportError as error:
         if error.name != 'timm':
             raise
-        raise DistillError(f"{where} needs 'timm', which is not installed: pip install 'kd-plugins[timm]'.") from error
+        raise DistillError(f"{where} needs 'timm', which is not installed; {how_to_install('timm')}.") from error
     return timm
 
 
@@ -164,12 +165,13 @@ def absolute_name(name: str) -> str:
 def _parsed(timm: Any, name: str, where: str) -> tuple[str | None, str]:
     """Where timm looks for a model (None: in itself), and its name there."""
     try:
-        return timm.models.parse_model_name(name)
+        place, model = timm.models.parse_model_name(name)
     except Exception as error:
         raise DistillError(
             f'{where}: timm cannot read the name {name!r}; models from elsewhere are written '
             f"'hf-hub:owner/name' or 'local-dir:folder' ({in_words(error)})."
         ) from error
+    return place or None, model  # '' in timm 1.0.15, None since
 
 
 def timm_names(net: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:

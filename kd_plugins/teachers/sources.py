@@ -20,6 +20,7 @@ from typing import Any
 
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, shown
+from kd_plugins.extras import how_to_install
 from kd_plugins.teachers.pixels import PixelFormat
 
 _SOURCES: dict[str, tuple[str, str]] = {}
@@ -104,8 +105,7 @@ def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
         if package not in _EXTRAS:
             raise
         raise DistillError(
-            f'teacher=dict({kind}=...) needs {package!r}, which is not installed: pip install '
-            f"'kd-plugins[{_EXTRAS[package]}]'."
+            f'teacher=dict({kind}=...) needs {package!r}, which is not installed; {how_to_install(_EXTRAS[package])}.'
         ) from error
 
 

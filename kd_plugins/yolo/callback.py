@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from kd_plugins.distiller import (
 from kd_plugins.distiller.ending import write_text
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
+from kd_plugins.extras import how_to_install
 from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
 from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
@@ -79,6 +81,7 @@ class DistillCallback:
     """
 
     def __init__(self, teacher: Any = None, **options: Any) -> None:
+        check_installed()
         if isinstance(teacher, DistillOptions):
             if options:
                 raise DistillError(f'Options were given twice: as DistillOptions and as {", ".join(options)}.')
@@ -307,6 +310,16 @@ def _refuse_tune(*args: Any, **options: Any) -> None:
     )
 
 
+def check_installed() -> None:
+    """Refuse an environment without Ultralytics, before anything is asked of it; nothing is imported.
+
+    Raises:
+        DistillError: It is not there.
+    """
+    if importlib.util.find_spec('ultralytics') is None:
+        raise DistillError(f'Ultralytics is not installed; {how_to_install("yolo")}.')
+
+
 def check_version() -> None:
     """Refuse an Ultralytics whose structure is not the one that this package was written for.
 
@@ -314,10 +327,9 @@ def check_version() -> None:
         DistillError: It is too old: before 8.4.140, processes on several GPUs did not receive callbacks, and a run
             would silently not be distilled.
     """
-    try:
-        from ultralytics import __version__
-    except ImportError as error:
-        raise DistillError("Ultralytics is not installed: pip install 'kd-plugins[yolo]'.") from error
+    check_installed()
+    from ultralytics import __version__
+
     if version_tuple(__version__) < OLDEST:
         raise DistillError(
             f'ultralytics {__version__} is too old: before 8.4.140 the processes of a multi-GPU run do not receive '

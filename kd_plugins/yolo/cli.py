@@ -21,14 +21,16 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
-from kd_plugins import autoload
+from kd_plugins import __version__, autoload
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.yolo.callback import EVENTS, DistillCallback, check_version
+from kd_plugins.yolo.callback import EVENTS, DistillCallback, check_installed, check_version
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import read_recipe, recipe_of_run
 
+VERSION = ('version', '--version')
 HELP = ('help', '-h', '-help', '--help', '--h')
 SWITCH = {'enable': autoload.enable, 'disable': autoload.disable, 'status': autoload.status}
 RECIPE = 'kd'
@@ -61,11 +63,15 @@ def run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in HELP or ('train' in arguments and any(a in HELP for a in arguments)):
         print(help_text())
         return
+    if arguments[0] in VERSION:
+        print(version_text())
+        return
     if arguments[0] in SWITCH:
         if len(arguments) > 1:
             raise DistillError(f'{arguments[0]} takes no further words, got {" ".join(arguments[1:])!r}.')
         print(SWITCH[arguments[0]]())
         return
+    check_installed()
     rest, given = split(arguments)
     options = choose(overrides_of(rest), given)
     if options is None:
@@ -173,12 +179,10 @@ def overrides_of(words: Sequence[str]) -> dict[str, Any]:
 
     Whatever is wrong with them is left to it.
     """
-    try:
-        from ultralytics.cfg import DEFAULT_CFG, MODES, merge_equals_args, parse_key_value_pair
-        from ultralytics.utils import YAML
-        from ultralytics.utils.checks import check_yaml
-    except ImportError as error:
-        raise DistillError(f"Ultralytics cannot be imported ({error}): pip install 'kd-plugins[yolo]'.") from error
+    from ultralytics.cfg import DEFAULT_CFG, MODES, merge_equals_args, parse_key_value_pair
+    from ultralytics.utils import YAML
+    from ultralytics.utils.checks import check_yaml
+
     overrides: dict[str, Any] = {}
     with contextlib.suppress(SyntaxError):
         for word in merge_equals_args(list(words)):
@@ -306,6 +310,15 @@ def help_text() -> str:
         default = 'required' if field.default is dataclasses.MISSING else repr(field.default)
         lines += _entry(f'{RECIPE}_{field.name}', docs.get(field.name, ''), default)
     return '\n'.join(lines)
+
+
+def version_text() -> str:
+    """Ours, and Ultralytics' as ``yolo version`` has it where it is installed."""
+    try:
+        theirs = metadata.version('ultralytics')
+    except metadata.PackageNotFoundError:
+        theirs = 'not installed'
+    return f'kd_plugins {__version__}\nultralytics {theirs}'
 
 
 def option_docs() -> dict[str, str]:

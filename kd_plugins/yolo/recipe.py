@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_plugins import __version__
 from kd_plugins.distiller import Session
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.recipes import TASKS, find_recipe, is_name, read_yaml
@@ -117,7 +118,8 @@ def write_recipe(path: str | os.PathLike, options: DistillOptions, run: RunOptio
     except DistillError:
         known = None
     if known not in (options, full):
-        YAML.save(path, {k: v for k, v in full.to_dict().items() if v != _DEFAULTS.get(k)})
+        written = {k: v for k, v in full.to_dict().items() if v != _DEFAULTS.get(k)}
+        YAML.save(path, written, header=f'# kd_plugins {__version__}\n')
 
 
 def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> DistillOptions:

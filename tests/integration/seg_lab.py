@@ -10,7 +10,7 @@ from mmengine.config import Config
 from PIL import Image, ImageDraw
 from torch import nn
 
-from kd_plugins.mm.configs import resolve_config
+from kd_plugins.config_files import resolve_config
 from tests.integration.lab import Lab
 from tests.integration.promises import Case
 

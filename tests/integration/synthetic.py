@@ -13,7 +13,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner, save_checkpoint
 from PIL import Image
 
-from kd_plugins.mm.configs import plain_model, resolve_config, without_pretrained
+from kd_plugins.config_files import resolve_config
+from kd_plugins.mm.configs import plain_model, without_pretrained
 
 COUNTER = itertools.count()
 

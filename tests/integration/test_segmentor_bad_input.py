@@ -8,8 +8,8 @@ import pytest
 from mmengine.hooks import Hook
 
 from kd_plugins.cli import main
+from kd_plugins.config_files import resolve_config
 from kd_plugins.errors import DistillError
-from kd_plugins.mm.configs import resolve_config
 from tests.integration.seg_lab import CLASSES, SegLab
 
 _INPUT = "data_preprocessor=dict(size=None, size_divisor=32), test_cfg=dict(mode='whole')"

@@ -10,6 +10,7 @@ import pytest
 import kd_plugins
 from kd_plugins import cli, info
 from kd_plugins.cli import COMMANDS, main
+from kd_plugins.extras import how_to_install
 from kd_plugins.info import Zoo, version_of, what_is_missing
 from kd_plugins.recipes import FOLDER, names
 from kd_plugins.recipes.command import table
@@ -128,7 +129,8 @@ def test_info(monkeypatch, capsys):
     shown = dict(lines)
     assert shown['kd_plugins'] == kd_plugins.__version__ and shown['python'] == sys.version.split()[0]
     assert shown['pytest'] == pytest.__version__ and shown['no_such_zoo'] == 'not installed'
-    assert shown['Here'] == 'ready' and shown['Missing'] == "needs no_such_zoo: pip install 'kd-plugins[yolo]'"
+    assert shown['Here'] == 'ready' and shown['Missing'] == f'needs no_such_zoo: {how_to_install("yolo")}'
+    assert shown['devices'].startswith('cpu') and shown['system']
 
 
 def test_info_tells_what_is_broken(monkeypatch, tmp_path):
@@ -138,7 +140,7 @@ def test_info_tells_what_is_broken(monkeypatch, tmp_path):
     found = what_is_missing(Zoo('x', ('broken_zoo',), 'mm'))
     assert found == 'broken_zoo is installed and cannot be imported (AssertionError: mmcv 9 is incompatible)'
     half = Zoo('x', ('half_zoo',), 'mm')
-    assert what_is_missing(half) == "needs no_such_part: pip install 'kd-plugins[mm]'"
+    assert what_is_missing(half) == f'needs no_such_part: {how_to_install("mm")}'
     # OneDL's distributions would overwrite upstream's.
     assert what_is_missing(half, upstream=True) == 'needs no_such_part: pip install no_such_part'
 

@@ -13,19 +13,21 @@ PACKAGE = Path(__file__).resolve().parents[2] / 'kd_plugins'
 #: What each part may import of the others, those before it in the chain first. An import inside a function or for
 #: annotations only is one too; a name in a registration, which is imported when it is asked for, is none.
 HEADS = 'errors losses adapters predictions'
-ENGINE = f'{HEADS} distiller recipes'
+ENGINE = f'{HEADS} config_files distiller extras recipes'
 TEACHERS = f'{ENGINE} teachers'
 HOSTS = f'{TEACHERS} classification mm yolo registry type_names'
 MAY_IMPORT = {
     'errors': '',
     'type_names': '',
-    'recipes': 'errors',
+    'config_files': 'errors',
+    'extras': '',
+    'recipes': 'config_files errors',
     'losses': 'errors',
     'adapters': 'errors',
     'predictions': 'errors losses adapters',
     'distiller': f'{HEADS} recipes type_names',
     'teachers': ENGINE,
-    'registry': '',
+    'registry': 'extras',
     'classification': f'{TEACHERS} registry type_names',
     'mm': f'{TEACHERS} classification registry type_names',
     # Waits for Ultralytics.
@@ -36,7 +38,8 @@ MAY_IMPORT = {
     'analysis': HOSTS,
     'deploy': HOSTS,
     'lab': f'{HOSTS} analysis deploy',
-    'info': 'errors recipes',
+    'info': 'errors extras recipes',
+    '__main__': 'cli',
     'cli': f'{HOSTS} autoload analysis deploy lab info',
 }
 

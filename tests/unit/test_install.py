@@ -66,7 +66,7 @@ def fake_python(path, version=(3, 11), venv=True, headers=True):
 @pytest.mark.parametrize(
     ('kind', 'words'),
     [
-        ({'version': (3, 13)}, ('3.13', 'not supported', '3.10, 3.11, 3.12')),
+        ({'version': (3, 14)}, ('3.14', 'too new', 'has been tried', '3.10, 3.11, 3.12, 3.13')),
         ({'version': (3, 8)}, ('3.8', 'not supported')),
         ({'venv': False}, ('venv', 'apt install python3.11-venv')),
         ({'headers': False}, ('Python.h', 'apt install python3.11-dev')),
@@ -83,13 +83,39 @@ def test_python_that_does_not_run(install, tmp_path):
 
 
 def test_another_python_is_looked_for_unless_one_was_named(install, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'executable', fake_python(tmp_path / 'python3', version=(3, 13)))
+    monkeypatch.setattr(sys, 'executable', fake_python(tmp_path / 'python3', version=(3, 14)))
     fake_python(tmp_path / 'python3.12', version=(3, 12), venv=False)
     good = fake_python(tmp_path / 'python3.10', version=(3, 10))
     monkeypatch.setenv('PATH', str(tmp_path))
     assert install.choose_python(exact=False) == good
-    with pytest.raises(install.Stop, match=r'3\.13 .* not supported'):
+    with pytest.raises(install.Stop, match=r'3\.14 .* too new'):
         install.choose_python(exact=True)
+
+
+def test_a_python_without_mmdet_is_the_second_choice(install, tmp_path, monkeypatch):
+    new = fake_python(tmp_path / 'python3', version=(3, 13), headers=False)
+    monkeypatch.setattr(sys, 'executable', new)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert install.choose_python(exact=False) == install.choose_python(exact=True) == new
+    older = fake_python(tmp_path / 'python3.11', version=(3, 11))
+    assert install.choose_python(exact=False) == older and install.choose_python(exact=True) == new
+
+
+def test_forecast(install, tmp_path, monkeypatch):
+    monkeypatch.setenv('PIP_CACHE_DIR', str(tmp_path / 'cache'))
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1})
+    installer = install.Installer(tmp_path / 'venv', exact=False)
+    assert installer.forecast((3, 12)).startswith('About 18 minutes and 7 GB of disk')
+    assert installer.forecast((3, 12)).endswith('mmcv is compiled, once.')
+    # Another Python's build is none.
+    wheel = tmp_path / 'cache' / 'wheels' / '1f' / 'onedl_mmcv-2.3.6-cp312-cp312-linux_x86_64.whl'
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    assert installer.forecast((3, 12)).startswith('About 9 minutes')
+    assert "pip's cache has mmcv" in installer.forecast((3, 12))
+    assert 'mmcv is compiled' in installer.forecast((3, 11))
+    without = installer.forecast((3, 13))
+    assert without.startswith('About 8 minutes and 6 GB') and 'mmcv' not in without
 
 
 def test_missing_and_unfit_compiler(install, monkeypatch):

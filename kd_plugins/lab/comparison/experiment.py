@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kd_plugins import __version__
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
@@ -257,6 +258,7 @@ class _Found:
                 'trainings at once': f'{experiment.jobs} (on {experiment.cores} cores)',
                 'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
                 'torch': torch.__version__,
+                'kd_plugins': __version__,
             },
             step=experiment.step,
             unit=experiment.unit,

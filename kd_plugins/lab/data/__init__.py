@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 
 from kd_plugins.errors import DistillError
+from kd_plugins.extras import how_to_install
 
 _WHERE = {
     'prepare_digits': 'prepare',
@@ -35,5 +36,5 @@ def __getattr__(name: str) -> object:
         if error.name not in ('PIL', 'numpy'):
             raise
         raise DistillError(
-            f"the embedded data set needs {error.name}, which is not installed: pip install 'kd-plugins[demo]'"
+            f'the embedded data set needs {error.name}, which is not installed; {how_to_install("demo")}.'
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kd_plugins.errors import DistillError
+from kd_plugins.extras import how_to_install
 
 CLASSES = tuple('0123456789')
 """Class names in label order. Numerals, so that an image folder, which sorts by name, keeps the same order."""
@@ -27,7 +28,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DistillError(
-            f"the digit scans come with scikit-learn, which is missing ({error}): pip install 'kd-plugins[demo]'"
+            f'the digit scans come with scikit-learn, which cannot be imported ({error}); {how_to_install("demo")}.'
         ) from error
     digits = load_digits()
     return (digits.images / 16.0).astype(np.float32), digits.target.astype(np.int64)

@@ -1,5 +1,7 @@
 """Configs whose types are names, whole paths, or the classes and functions themselves."""
 
+import os
+
 import pytest
 import torch
 from mmdet.models import RTMDet
@@ -91,3 +93,18 @@ def test_misspelt_types(kind):
 def test_terms(kind, loss):
     term = dict(loss=dict(type=loss), student='a', teacher='b', adapter=dict(type=kind))
     assert build_terms(dict(t=term))['t'].projects
+
+
+def test_a_config_of_ours_is_a_base(tmp_path):
+    """MMEngine evaluates what stands behind `_base_` alone, so the import stands there too."""
+    import kd_plugins
+
+    path = kd_plugins.config('kd_plugins::cls/digits_resnet_student')
+    assert path.startswith(os.path.dirname(kd_plugins.__file__)) and os.path.isabs(path)
+    (tmp_path / 'mine.py').write_text(
+        "_base_ = __import__('kd_plugins').config('kd_plugins::cls/digits_resnet_student.py')\nmodel = dict(layers=1)\n"
+    )
+    config = Config.fromfile(tmp_path / 'mine.py')
+    assert config.model.layers == 1 and config.model.model == 'resnet18' and config.train_cfg.max_epochs
+    with pytest.raises(DistillError, match=r"did you mean 'kd_plugins::yolo/early.yaml'"):
+        kd_plugins.config('kd_plugins::yolo/earl.yaml')

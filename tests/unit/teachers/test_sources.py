@@ -420,7 +420,9 @@ def test_pretrained_weights_with_a_new_head_are_noise(monkeypatch):
 def test_a_package_that_is_not_installed(monkeypatch):
     for package, cfg in (('timm', dict(timm='x')), ('torchvision', dict(torchvision='x'))):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(DistillError, match=rf"needs '{package}', which is not installed: pip install .*\[timm\]"):
+        with pytest.raises(
+            DistillError, match=rf"needs '{package}', which is not installed; (pip install 'timm|in a clone of )"
+        ):
             find_source(cfg)
 
 

@@ -219,7 +219,7 @@ def test_our_recipes(file):
             continue
         known.append(build_terms(run.terms))
     assert known
-    assert f'kd=configs/yolo/{file.name}' in file.read_text()
+    assert f'kd=kd_plugins::yolo/{file.name}' in file.read_text()
 
 
 def test_there_are_recipes():

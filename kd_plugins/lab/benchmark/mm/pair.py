@@ -7,7 +7,6 @@ import copy
 import itertools
 import logging
 import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,7 +29,6 @@ from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
 from kd_plugins.lab.benchmark.measure import Moment
 from kd_plugins.lab.benchmark.mm.batches import CLASSIFICATION, DETECTION, Batch, Detections, Labels, find_kind
-from kd_plugins.lab.checkout import our_config
 from kd_plugins.mm.cli import WITH_WEIGHTS, _use_amp, add_distillation
 from kd_plugins.mm.configs import load_config, remove_distillation, without_pretrained
 from kd_plugins.mm.hook import DistillHook
@@ -90,7 +88,7 @@ class MMPair(Pair):
     aims: ClassVar = {'ratio': ('distilled / (student + teacher)', ['student', 'teacher'], 1.05)}
     sizes: ClassVar = dict(DETECTION, repeats=(10, 40), steps=(1, 5))
     letters: ClassVar = dict(image_size='HW')
-    #: configs/ are those of this project.
+    #: kd_plugins:: are those of this project.
     pairs: ClassVar[Mapping[str, Sequence[str]]] = {
         'yolox': (
             'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
@@ -110,13 +108,13 @@ class MMPair(Pair):
             'feature',
         ),
         'deit': (
-            'configs/cls/deit_tiny_token_regnety_160_imagenet.py',
+            'kd_plugins::cls/deit_tiny_token_regnety_160_imagenet.py',
             'timm::regnety_160.deit_in1k',
             'deit_token',
         ),
-        'resnet': ('configs/cls/resnet18_kl_resnet34_imagenet.py', 'timm::resnet34.tv_in1k', 'kl'),
+        'resnet': ('kd_plugins::cls/resnet18_kl_resnet34_imagenet.py', 'timm::resnet34.tv_in1k', 'kl'),
         'vit-resnet': (
-            'configs/cls/resnet50_feature_deit_base_imagenet.py',
+            'kd_plugins::cls/resnet50_feature_deit_base_imagenet.py',
             'timm::deit_base_patch16_224.fb_in1k',
             'vit_feature',
         ),
@@ -157,7 +155,6 @@ class MMPair(Pair):
             raise DistillError('--teacher-checkpoint belongs to a pair of your own: --student, --teacher and --kd.')
         cases = []
         for pair in chosen:
-            pair['student'] = _ours(pair['student'])
             kind = find_kind(plain_config(pair['student']))
             numbers = cls.options(args, {**cls.sizes, **kind.sizes})
             cases.append(cls(**pair, kind=kind, checkpoint=args.teacher_checkpoint, amp=args.amp, **numbers))
@@ -288,12 +285,6 @@ def random_teacher(teacher: str, number: int, path: Path) -> None:
                 # With a bias of 0 activations fade, layer by layer, into denormal numbers, on which a CPU is slow.
                 nn.init.normal_(module.bias, std=0.5)
     torch.save(dict(state_dict=model.state_dict(), meta={}), path)
-
-
-def _ours(path: str) -> str:
-    """Where a config of this project is, from any working folder."""
-    name = path.removeprefix('configs/')
-    return path if name == path or os.path.isfile(path) else os.path.relpath(our_config(name))
 
 
 def _close_logs() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_plugins.config_files import resolve_config
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.lab.checkout import our_config
 from kd_plugins.lab.comparison.experiment import compare
 from kd_plugins.lab.comparison.mm.experiment import Comparison
 from kd_plugins.lab.data import prepare_digits
@@ -93,8 +93,8 @@ def planned(
     root = prepare_digits(data)
     os.environ['DIGITS_ROOT'] = f'{root.as_posix()}/'
     return Comparison(
-        teacher=str(our_config(found.teacher)),
-        student=str(our_config(found.student)),
+        teacher=resolve_config(f'kd_plugins::{found.teacher}'),
+        student=resolve_config(f'kd_plugins::{found.student}'),
         title=found.title,
         work_dir=Path(work_dir),
         seeds=seeds,

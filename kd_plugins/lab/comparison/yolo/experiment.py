@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kd_plugins.config_files import config_folder
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.lab.checkout import CONFIGS
 from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
 from kd_plugins.lab.comparison.figures import Detections, Objects, Picture
 from kd_plugins.lab.comparison.history import History
@@ -28,8 +28,8 @@ from kd_plugins.yolo.cli import overrides_of
 from kd_plugins.yolo.recipe import read_recipe
 from kd_plugins.yolo.teacher import find_teacher
 
-#: Examples of the repository.
-EXAMPLES = CONFIGS / 'yolo'
+#: Examples that this package ships.
+EXAMPLES = config_folder('kd_plugins') / 'yolo'
 NATIVE, DEFAULT = 'native', 'default'
 #: What this comparison sets itself; elsewhere it would be overwritten without a word.
 RESERVED = ('model', 'data', 'project', 'name', 'seed', 'resume', 'exist_ok', 'mode', 'task', 'distill_model', 'save')

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip('mmengine')
 
+from kd_plugins import config
 from kd_plugins.errors import DistillError
-from kd_plugins.lab.checkout import our_config
 from kd_plugins.lab.comparison.demo import ZOOS
 from kd_plugins.lab.comparison.mm import PARTS, demo
 from kd_plugins.recipes import find_recipe
@@ -14,7 +14,7 @@ from kd_plugins.recipes import find_recipe
 @pytest.mark.parametrize('part', PARTS)
 def test_models_and_recipes_are_there(part):
     found = PARTS[part]
-    assert our_config(found.teacher).is_file() and our_config(found.student).is_file()
+    assert all(config(f'kd_plugins::{name}') for name in (found.teacher, found.student))
     assert found.recipes and all(find_recipe(r) for r in found.recipes)
 
 
