@@ -84,9 +84,10 @@ def _of_mmengine(content: Mapping[str, Any], path: str) -> dict[str, Any] | None
     run = meta.get('experiment_name') if isinstance(meta, Mapping) else None
     if not isinstance(run, str):
         return None
-    # <name of the config>_<date>_<time>
-    config = os.path.join(os.path.dirname(path), f'{run.rsplit("_", 2)[0]}.py')
-    return {'config': config} if os.path.isfile(config) else None
+    folder = os.path.dirname(path)
+    # The run is called <name of the config>_<date>_<time>.
+    beside = [name for name in os.listdir(folder) if name.endswith('.py') and run.startswith(f'{name[:-3]}_')]
+    return {'config': os.path.join(folder, max(beside, key=len))} if beside else None
 
 
 class _OtherNetwork(Exception):

@@ -62,7 +62,7 @@ def read(images: str, maps: str, option: str) -> Maps:
     ]
     if not stem or lonely:
         raise DistillError(
-            f'{option}: image {lonely[0] if lonely else names[0]!r} of {images} has no label map in {maps}; their names '
+            f'{option}: image {(lonely or names)[0]!r} of {images} has no label map in {maps}; their names '
             'must be equal up to an ending that is the same for all, such as .jpg and .png.'
         )
     values: set[int] = set()
@@ -70,8 +70,8 @@ def read(images: str, maps: str, option: str) -> Maps:
         with Image.open(os.path.join(maps, name)) as picture:
             if picture.mode not in ('L', 'P', 'I', 'I;16', '1'):
                 raise DistillError(
-                    f'{option}: {os.path.join(maps, name)!r} is a picture (mode {picture.mode}), not a label map; write '
-                    'one channel that holds the number of the class at each pixel.'
+                    f'{option}: {os.path.join(maps, name)!r} is a picture (mode {picture.mode}), not a label map; '
+                    'write one channel that holds the number of the class at each pixel.'
                 )
             values |= set(np.unique(np.array(picture)).tolist())
     with Image.open(os.path.join(images, names[0])) as picture:
