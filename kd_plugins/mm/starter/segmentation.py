@@ -53,7 +53,8 @@ def read(images: str, maps: str, option: str) -> Maps:
     """
     images, maps = place(images, option), place(maps, option)
     names, labels = (sorted(_files(folder, option)) for folder in (images, maps))
-    stem = os.path.commonprefix([names[0], labels[0]]).rstrip('._-')  # noqa: RUF071 (of names, not of folders)
+    first = [os.path.splitext(found[0])[0] for found in (names, labels)]
+    stem = os.path.commonprefix(first).rstrip('._-')  # noqa: RUF071 (of names, not of folders)
     suffixes = names[0][len(stem) :], labels[0][len(stem) :]
     partners = set(labels)
     # Names as a_leftImg8bit.png and a_gtFine.png, or a.jpg and a.png.
