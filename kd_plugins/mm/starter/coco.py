@@ -47,7 +47,7 @@ def read(path: str, folder: str, option: str) -> Annotations:
             content = json.load(file)
         classes = tuple(str(c['name']) for c in content['categories'])
         files = [image['file_name'] for image in content['images']]
-        boxes = content['annotations']
+        boxes = list(content['annotations'])
         masks = bool(boxes) and bool(boxes[0].get('segmentation'))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DistillError(

@@ -85,25 +85,28 @@ def begin(args: argparse.Namespace, words: Sequence[str]) -> None:
     args.config = Config(dict(plain.items()), cfg_text=plain.text, filename=f'{file_name(args.model)}.py')
 
 
-def end(args: argparse.Namespace, config: Config) -> Path:
+def end(args: argparse.Namespace, config: Config) -> None:
     """Write the config of a run that `begin` began, teacher included, into its work folder.
+
+    Not where MMEngine's own copy goes, which has no comments.
 
     Args:
         args: The options.
         config: As it will be run; its teacher is written as it was found.
 
-    Returns:
-        The path. It is not that of MMEngine's own copy, which has no comments.
+    Raises:
+        DistillError: The teacher is missing, or its file does not tell what it is.
     """
     hook = (config.get('default_hooks') or {}).get('distill')
     if hook is not None:
         hook['teacher'] = find_source(hook['teacher'])
         hook['teacher'].update(order_of(hook['teacher'], args.folder))
+    if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))):
+        return  # another process writes it
     command = shlex.join(['kd-plugins', 'train', *args.words])
     written = text(args, args.folder, None if hook is None else hook.to_dict(), command)
     path = free_path(Path(config.work_dir, 'configs', f'{file_name(args.model)}.py'), written)
     print(f'The config of this run, to go on from: kd-plugins train {path}')
-    return path
 
 
 def file_name(model: str) -> str:

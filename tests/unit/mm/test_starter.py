@@ -106,7 +106,7 @@ def test_categories_are_numbered_in_the_order_of_the_file(tmp_path):
     assert coco.read(*annotations(tmp_path / 'a.json'), '--train').classes == ('b', 'a')
     other = annotations(tmp_path / 'b.json', ('a', 'b'))
     args = argparse.Namespace(train=annotations(tmp_path / 'a.json'), val=other, student='x')
-    with pytest.raises(DistillError, match='list other categories, or in another order .b, a against a, b.'):
+    with pytest.raises(DistillError, match='list other categories, or in another order'):
         coco.text(args, '')
 
 
@@ -116,12 +116,11 @@ def test_categories_are_numbered_in_the_order_of_the_file(tmp_path):
         (dict(images=[]), '0 images and 1 annotations'),
         (dict(categories=[]), 'no names of their own'),
         (dict(images=[dict(file_name='y.png')]), "'y.png', is not in"),
-        (dict(annotations=None), 'has 1 images|no COCO file'),
+        (dict(annotations=[]), '1 images and 0 annotations'),
+        (dict(annotations=None), 'is no COCO file'),
     ],
 )
 def test_what_is_no_coco_file(tmp_path, more, message):
-    if more.get('annotations', 1) is None:
-        more = dict(annotations=[])
     with pytest.raises(DistillError, match=message):
         coco.read(*annotations(tmp_path / 'a.json', **more), '--train')
 
@@ -151,7 +150,7 @@ def test_label_maps(tmp_path, image, label, suffixes):
 
 
 def test_label_maps_that_are_none(tmp_path):
-    with pytest.raises(DistillError, match='is a picture .mode RGB., not a label map'):
+    with pytest.raises(DistillError, match='not a label map'):
         segmentation.read(*maps(tmp_path / 'a', mode='RGB'), '--train')
     with pytest.raises(DistillError, match='has no label map'):
         segmentation.read(*maps(tmp_path / 'b', image='x{}.png', label='y{}.png'), '--train')
