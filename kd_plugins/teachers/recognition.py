@@ -17,10 +17,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
 from kd_plugins.teachers.checkpoints import find_file, find_weights, load_checkpoint
+from kd_plugins.teachers.classifier import OPTIONS
 from kd_plugins.teachers.network import import_timm
 
 #: Files of weights, which say more or less of their network.
 SUFFIXES = ('.pth', '.pth.tar', '.tar', '.safetensors', '.bin')
+#: What may be said of a checkpoint whose network is not named.
+KEYS = (*OPTIONS, 'options', 'allow_missing', 'allow_unexpected', 'input_scale', 'pixel_format')
 #: As many classes as no file has, so that a network's classifier is known by its shapes.
 _CLASSES = 100_003
 #: Parameters of other shapes that a network may register and leave out: timm tries its squeeze-and-excitation blocks

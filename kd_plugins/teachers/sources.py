@@ -94,8 +94,11 @@ def _register_own() -> None:
 def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
     kind = teacher_kind(cfg)
     if kind is None and isinstance(cfg, Mapping) and cfg.get('checkpoint'):
-        cfg = importlib.import_module('kd_plugins.teachers.recognition').recognise(cfg)
-        kind = teacher_kind(cfg)
+        recognition = importlib.import_module('kd_plugins.teachers.recognition')
+        # Anything else is a key that was meant to say the kind.
+        if set(cfg) <= set(recognition.KEYS):
+            cfg = recognition.recognise(cfg)
+            kind = teacher_kind(cfg)
     if kind is None:
         examples = ', '.join(example for _, example in _sources().values())
         if not isinstance(cfg, Mapping):
