@@ -7,7 +7,7 @@ checkpoints. Bare weights are compared with every model of timm.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,14 @@ def _of_timm(content: Mapping[str, Any]) -> dict[str, Any] | None:
         'options': options or None,
     }
     return {k: v for k, v in found.items() if v is not None}
+
+
+def timm_order(classes: Iterable[str]) -> list[str]:
+    """Folders in the order in which timm's readers number them: '2' before '10'."""
+    import_timm('teacher')
+    from timm.utils import natural_key
+
+    return sorted(classes, key=natural_key)
 
 
 def _of_mmengine(content: Mapping[str, Any], path: str) -> dict[str, Any] | None:

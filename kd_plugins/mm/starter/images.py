@@ -20,6 +20,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.mm.starter.page import code, free_path, in_comment, layout, place, seed_line
 from kd_plugins.teachers import create_network, data_config, find_source
 from kd_plugins.teachers.network import DataConfig, check_name
+from kd_plugins.teachers.recognition import timm_order
 
 #: What timm takes for folders of training and of validation images.
 TRAIN, VAL = ('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation')
@@ -141,9 +142,7 @@ def look(data: str) -> Folder:
 
 def order_of(teacher: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
     """Names of a teacher's classes where timm numbered the same folders in another order: '2' before '10'."""
-    from timm.utils import natural_key
-
-    names = sorted(folder.classes, key=natural_key)
+    names = timm_order(folder.classes)
     unnamed = 'timm' in teacher and not teacher.get('classes') and teacher.get('num_classes') == len(names)
     return dict(classes=names) if unnamed and names != list(folder.classes) else {}
 
