@@ -20,18 +20,27 @@ from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, remove_distillation
 from kd_plugins.mm.recipes import read_python
 from kd_plugins.mm.resume import ResumeGuard
+from kd_plugins.mm.starter import images
 from kd_plugins.recipes import find_recipe
+from kd_plugins.teachers.recognition import SUFFIXES
 from kd_plugins.type_names import type_name
 
 EXPORTED = ('.pt2', '.torchscript')
-#: Files that hold a whole model.
-WITH_WEIGHTS = ('.pt', *EXPORTED)
+#: Files that hold a whole model, or weights that tell whose they are.
+WITH_WEIGHTS = ('.pt', *EXPORTED, *SUFFIXES)
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f'kd-plugins {command}', description=description)
-    parser.add_argument('config', help="config file, or 'mmdet::path/in/its/configs.py'")
-    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
+    training = command == 'train'
+    parser.add_argument(
+        'config', nargs='?' if training else None, help="config file, or 'mmdet::path/in/its/configs.py'"
+    )
+    parser.add_argument(
+        '--work-dir',
+        *(['--output'] if training else []),
+        help='where logs and checkpoints go (default: work_dirs/<config name>)',
+    )
     parser.add_argument(
         '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help="'pytorch' under torchrun"
     )
@@ -81,13 +90,21 @@ def train(argv: Sequence[str] | None = None) -> None:
     kd.add_argument(
         '--teacher',
         metavar='CONFIG',
-        help='config of the teacher, or the .pt of an Ultralytics model; for classifiers also timm::NAME, '
-        'torchvision::NAME or an exported .pt2 / .torchscript',
+        help='config of the teacher, or the .pt of an Ultralytics model; a checkpoint that tells its network (of timm, '
+        'or beside its config); for classifiers also timm::NAME, torchvision::NAME or an exported .pt2 / .torchscript',
     )
     kd.add_argument(
         '--teacher-checkpoint', metavar='PTH', help='weights of the teacher, where they stand in a file of their own'
     )
+    start = parser.add_argument_group('without a config', "a model of timm on a folder of images, with timm's options")
+    start.add_argument('--data', metavar='DIR', help='folder with train/<class>/ and val/<class>/')
+    images.add_options(start)
     args = parser.parse_args(argv)
+    starting = bool(args.data or args.model)
+    if starting:
+        images.begin(args, sys.argv[2:] if argv is None else argv)
+    elif args.config is None:
+        raise DistillError('kd-plugins train needs a config, or --model NAME --data DIR for a classifier of timm.')
     config = _read_config(args)
     if args.amp:
         _use_amp(config)
@@ -114,6 +131,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     elif any(given.values()):
         raise DistillError(f'{", ".join(given)} go together; {" and ".join(missing)} is missing.')
     _check_types(config)
+    if starting:
+        images.end(args, config)
     runner = _runner(config)
     if config.get('resume') and (config.get('default_hooks') or {}).get('distill') is None:
         runner.register_hook(ResumeGuard(on_purpose))
@@ -253,13 +272,14 @@ def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str 
 def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
     if teacher.endswith(WITH_WEIGHTS) and checkpoint:
         raise DistillError(
-            f'--teacher-checkpoint belongs to the config of a teacher; {teacher!r} (a .pt of Ultralytics or an '
-            'exported classifier) holds its weights.'
+            f'--teacher-checkpoint belongs to the config or the name of a teacher; {teacher!r} holds weights itself.'
         )
     if teacher.endswith(EXPORTED):
         return dict(exported=teacher)
     if teacher.endswith('.pt'):
         return dict(ultralytics=teacher)
+    if teacher.endswith(WITH_WEIGHTS):
+        return dict(checkpoint=teacher)
     zoo, separator, name = teacher.partition('::')
     if separator and zoo in ('timm', 'torchvision'):
         return {zoo: name, 'checkpoint': checkpoint}

@@ -35,6 +35,8 @@ _SAFE = {
     ('builtins', 'float'),
     ('builtins', 'str'),
     ('builtins', 'bytearray'),
+    # Arguments of a training script, timm's among them; a bag of attributes.
+    ('argparse', 'Namespace'),
     ('torch._utils', '_rebuild_tensor'),
     ('torch._utils', '_rebuild_tensor_v2'),
     ('torch._utils', '_rebuild_parameter'),

@@ -1,7 +1,8 @@
 """Where a teacher comes from: one module per kind of model, chosen by a key of the ``teacher`` mapping.
 
 ``teacher=dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(ultralytics='x.pt')``, ``dict(timm='resnet50',
-checkpoint='x.pth')`` and so on name teachers for students of any framework. A module of this package says with
+checkpoint='x.pth')`` and so on name teachers for students of any framework; of ``dict(checkpoint='x.pth.tar')`` alone
+the file is asked (`kd_plugins.teachers.recognition`). A module of this package says with
 `register_teacher` which key it is for; nothing else has to know it. The frameworks' sub-packages must not import each
 other, so theirs are registered below by the *name* of the module, which is imported when a teacher asks for it. It has
 
@@ -93,6 +94,12 @@ def _register_own() -> None:
 
 def _call(function: str, cfg: Mapping[str, Any], *rest: Any) -> Any:
     kind = teacher_kind(cfg)
+    if kind is None and isinstance(cfg, Mapping) and cfg.get('checkpoint'):
+        recognition = importlib.import_module('kd_plugins.teachers.recognition')
+        # Anything else is a key that was meant to say the kind.
+        if set(cfg) <= set(recognition.KEYS):
+            cfg = recognition.recognise(cfg)
+            kind = teacher_kind(cfg)
     if kind is None:
         examples = ', '.join(example for _, example in _sources().values())
         if not isinstance(cfg, Mapping):

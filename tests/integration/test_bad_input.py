@@ -278,7 +278,7 @@ CASES = [
     case(
         'config is not given',
         lambda run: run.distill.teacher.pop('config'),
-        says=("dict(config='mmdet::...'", "got the keys ['checkpoint']"),
+        says=('does not say which network it is', "dict(config='...', checkpoint=...)"),
     ),
     case('config without model', put('teacher.config', '{}/no_model.py'), says=('no_model.py', "has no 'model'")),
     case('config with a syntax error', put('teacher.config', '{}/syntax.py'), says=('syntax.py', 'cannot be read')),

@@ -52,7 +52,7 @@ def test_extras(requirements):
     assert requirements['timm'] == {'timm', 'torchvision', 'safetensors'}
     assert requirements['export'] == {'onnx', 'onnxruntime'}
     assert requirements['dev'] >= {'mypy', 'pytest', 'ruff'}
-    assert {'mm', 'yolo', 'timm', 'export', 'demo', 'dev', 'all'} == set(
+    assert {'mm', 'yolo', 'timm', 'export', 'demo', 'docs', 'dev', 'all'} == set(
         metadata.metadata('kd-plugins').get_all('Provides-Extra')
     )
 

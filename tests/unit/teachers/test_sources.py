@@ -457,5 +457,5 @@ def test_another_kind_is_one_file(tmp_path, monkeypatch):
     teacher, notes = build_source(find_source(dict(lookup='a table')), STUDENT)
     assert teacher.name == 'a table' and notes == ['True']
     with pytest.raises(DistillError, match=r"must be one of dict\(config=.*dict\(lookup='a table'\)") as caught:
-        find_source(dict(checkpoint='x.pth'))
+        find_source(dict(model='x', checkpoint='x.pth'))
     assert len(str(caught.value)) < 400

@@ -138,7 +138,7 @@ def test_the_tool_measures_memory_in_processes_of_its_own(pair):
                 '--teacher-checkpoint',
                 'x.pth',
             ],
-            r"--teacher-checkpoint belongs to the config of a teacher; 'x.pt2'",
+            r"--teacher-checkpoint belongs to the config or the name of a teacher; 'x.pt2'",
         ),
         (
             ['--student', 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '--teacher', 'x.py', '--kd', 'kl'],
