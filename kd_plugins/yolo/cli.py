@@ -343,8 +343,8 @@ def help_text() -> str:
         *_entry(
             RECIPE,
             'A recipe by name (kd-plugins recipes lists them), or a YAML file with any of the options below without '
-            'kd_. They override it. Several with commas. Beside it kd_weight=3 (and any other option of a term or loss) '
-            'changes every term that has it, kd_TERM.weight=3 one term, kd_teacher.KEY=... the teacher.',
+            'kd_. They override it. Several with commas. Beside it kd_weight=3 (and any other option of a term or of '
+            'its loss) changes every term that has it, kd_TERM.weight=3 one term, kd_teacher.KEY=... the teacher.',
             'None',
         ),
     ]

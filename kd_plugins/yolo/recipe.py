@@ -41,7 +41,8 @@ def read_recipe(recipe: str | os.PathLike) -> dict[str, Any]:
 
     Args:
         recipe: The name of a recipe of the package, or a file: a kd.yaml, or a recipe of one's own with a body for each
-            task. Among several, one file may say more than a recipe does (a kd.yaml with the teacher). A relative ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
+            task. Among several, one file may say more than a recipe does (a kd.yaml with the teacher). A relative
+            ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
 
     Returns:
         The options; their values are not checked yet. What is a body for each task is left to the ``recipe`` option,

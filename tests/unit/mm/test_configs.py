@@ -91,3 +91,22 @@ def test_misspelt_types(kind):
 def test_terms(kind, loss):
     term = dict(loss=dict(type=loss), student='a', teacher='b', adapter=dict(type=kind))
     assert build_terms(dict(t=term))['t'].projects
+
+
+def test_a_base_that_mmengine_cannot_follow(tmp_path, monkeypatch):
+    """Under other distributions of the frameworks it asks pip for a package that is there under another name."""
+    (tmp_path / 'base.py').write_text("_base_ = ['./other.py', 'mmseg::fcn/fcn.py']\n")
+    (tmp_path / 'other.py').write_text('model = dict()\n')
+    (tmp_path / 'own.py').write_text("_base_ = './base.py'\nmodel = dict()\n")
+    (tmp_path / 'circle.py').write_text("_base_ = './circle.py'\n")
+    error = ModuleNotFoundError('mmsegmentation is not installed, please install mmsegmentation manually')
+
+    def fromfile(path):
+        raise error
+
+    monkeypatch.setattr(configs.Config, 'fromfile', fromfile)
+    with pytest.raises(DistillError, match=r"write _base_ = __import__\('kd_plugins'\)\.config\('mmseg::fcn/fcn\.py'\)"):
+        configs.load_config(str(tmp_path / 'own.py'))
+    for name in ('other.py', 'circle.py'):
+        with pytest.raises(DistillError, match='cannot be read: ModuleNotFoundError'):
+            configs.load_config(str(tmp_path / name))
