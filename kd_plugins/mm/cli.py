@@ -272,7 +272,7 @@ def add_distillation(
     found = [read_python(r) if find_recipe(r, '--kd').suffix == '.py' else r for r in recipe_list(recipe)]
     one = found[0] if len(found) == 1 else None
     options = one if isinstance(one, Mapping) else {'recipe': one or found}
-    source = _teacher_source(teacher, checkpoint)
+    source = teacher_source(teacher, checkpoint)
     if words:
         options = {**options, 'options': read_words(words)}
         # What no task has need not wait for the model.
@@ -301,7 +301,12 @@ def _loss_parameters(loss: Mapping[str, Any]) -> Collection[str] | None:
     return loss_parameters()(loss) if hasattr(losses, name) else None
 
 
-def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
+def teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
+    """The ``teacher`` mapping of what the command line says, see `add_distillation`.
+
+    Raises:
+        DistillError: It names no model.
+    """
     if teacher.endswith(WITH_WEIGHTS) and checkpoint:
         raise DistillError(
             f'--teacher-checkpoint belongs to the config of a teacher; {teacher!r} (a .pt of Ultralytics or an '

@@ -12,7 +12,7 @@ from kd_plugins.adapters import LogitProjector
 from kd_plugins.distiller import build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import KLDivLoss
-from kd_plugins.mm import DistillHook, TimmClassifier, distilled
+from kd_plugins.mm import DistillHook, TimmClassifier, configs, distilled
 from kd_plugins.mm.cli import _check_types, _use_amp, remove_distillation
 from kd_plugins.mm.configs import plain_model, without_pretrained
 
@@ -105,7 +105,9 @@ def test_a_base_that_mmengine_cannot_follow(tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(configs.Config, 'fromfile', fromfile)
-    with pytest.raises(DistillError, match=r"write _base_ = __import__\('kd_plugins'\)\.config\('mmseg::fcn/fcn\.py'\)"):
+    with pytest.raises(
+        DistillError, match=r"write _base_ = __import__\('kd_plugins'\)\.config\('mmseg::fcn/fcn\.py'\)"
+    ):
         configs.load_config(str(tmp_path / 'own.py'))
     for name in ('other.py', 'circle.py'):
         with pytest.raises(DistillError, match='cannot be read: ModuleNotFoundError'):
