@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         'name',
         nargs='?',
         metavar='NAME | MODEL',
-        help='print this recipe; or a student: config.py, mmdet::..., model.pt',
+        help='a recipe to print; or a student, config.py or model.pt',
     )
     parser.add_argument('--task', help=f'list those for one kind of models only: {", ".join(TASKS)}')
     parser.add_argument('--teacher', help='config, .pt or .yaml of the teacher; left out: one like the student')

@@ -45,7 +45,7 @@ def open_pair(student: str, teacher: str | None, checkpoint: str | None, folder:
     with _silence():
         config = load_config(student, 'config')
         init_default_scope(config.get('default_scope', 'mmengine'))
-        model, config = build_architecture({'config': config})
+        model, config = _built(config)
         notes = []
         if teacher is None:
             notes.append('no --teacher: tried with one like the student')
@@ -83,8 +83,16 @@ def _batch(model: nn.Module, images: int) -> tuple[Tensor, None]:
     return found if MMHost(model).task is CLASSIFICATION else found[..., :SIDE, :SIDE], None
 
 
+def _built(config: Any) -> tuple[nn.Module, Any]:
+    """A model as a plain run starts with it, but for pretrained weights."""
+    model, found = build_architecture({'config': config})
+    with untouched_rng():
+        model.init_weights()
+    return model, found
+
+
 def _random_weights(config: Any, folder: Path) -> str:
-    model, _ = build_architecture({'config': config})
+    model, _ = _built(config)
     path = folder / 'random.pth'
     torch.save(getattr(model, 'weights_of', model).state_dict(), path)
     return str(path)
