@@ -32,8 +32,8 @@ COMMANDS = {
     'demo': ('kd_plugins.lab.comparison.demo:main', 'the comparison on real handwritten digits, some minutes of CPU'),
     'benchmark': ('kd_plugins.lab.benchmark:main', 'what a distilled training step costs, or a dense loss'),
     'recipes': (
-        'kd_plugins.recipes.command:main',
-        'the published methods that are ready to use; recipes NAME prints one',
+        'kd_plugins.lab.fitting.command:main',
+        'the published methods; recipes NAME prints one, recipes MODEL says which fit it',
     ),
     'prepare-digits': (
         'kd_plugins.lab.data.command:digits',

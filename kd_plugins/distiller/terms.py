@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -219,6 +219,32 @@ def build_named(cfg: Any, package: Any, where: str, kind: str, resolve: Resolver
         raise DistillError(f'{where}: {error}') from error
     except TypeError as error:
         raise DistillError(f'{where}: {getattr(factory, "__name__", name)} cannot be built: {error}.') from error
+
+
+def loss_parameters(resolve: Resolver | None = None) -> Callable[[Mapping[str, Any]], Collection[str] | None]:
+    """Asks for the names of the options that a loss takes, by its config ``dict(type=...)``.
+
+    Args:
+        resolve: Finds losses that are not ours.
+
+    Returns:
+        A function; it returns None for a loss that is not known or takes whatever it is given.
+    """
+    resolve = Resolver() if resolve is None else resolve
+
+    def names(cfg: Mapping[str, Any]) -> Collection[str] | None:
+        kind = cfg.get('type')
+        short = str(kind).removeprefix('kd_plugins.')
+        factory = (
+            getattr(losses, short) if short in losses.__all__ else resolve(kind) if isinstance(kind, str) else kind
+        )
+        try:
+            taken = inspect.signature(factory).parameters  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return None
+        return None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else list(taken)
+
+    return names
 
 
 def build_terms(cfg: Any, resolve: Resolver | None = None) -> dict[str, Term]:

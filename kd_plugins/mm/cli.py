@@ -6,7 +6,7 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import get_object_from_string
 
+from kd_plugins import losses
 from kd_plugins import registry as ours
+from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, remove_distillation
 from kd_plugins.mm.recipes import read_python
 from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.mm.starter import images
-from kd_plugins.recipes import find_recipe
+from kd_plugins.recipes import TASKS, find_recipe
+from kd_plugins.recipes.options import check_names, load_recipes, read_words, recipe_list
 from kd_plugins.teachers.recognition import SUFFIXES
 from kd_plugins.type_names import type_name
 
@@ -53,12 +56,17 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+#: Where the command line puts a distillation.
+HOOK = 'default_hooks.distill.'
+
+
 def _read_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, 'config')
     config.launcher = args.launcher
     if args.cfg_options:
-        config.merge_from_dict(args.cfg_options)
+        later = getattr(args, 'kd', None) is not None
+        config.merge_from_dict({k: v for k, v in args.cfg_options.items() if not (later and k.startswith(HOOK))})
     if args.work_dir:
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
@@ -86,7 +94,20 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
     kd = parser.add_argument_group('distillation', 'turn a plain config into a distilled one without editing it')
-    kd.add_argument('--kd', metavar='RECIPE', help='name (see kd-plugins recipes), or a .yaml or .py file with terms')
+    kd.add_argument(
+        '--kd',
+        nargs='+',
+        metavar='RECIPE',
+        help='name (see kd-plugins recipes), or a .yaml or .py file with terms; several are done at once',
+    )
+    kd.add_argument(
+        '--kd-options',
+        nargs='+',
+        action='extend',
+        metavar='NAME=VALUE',
+        help='changes to the recipe: weight=3 temperature=2 (every term that has it), TERM.weight=3 (one term), '
+        'alpha=0.7, start=10, stop=280, teacher.KEY=VALUE; values are YAML',
+    )
     kd.add_argument(
         '--teacher',
         metavar='CONFIG',
@@ -122,12 +143,16 @@ def train(argv: Sequence[str] | None = None) -> None:
     if on_purpose:
         # What None does to MMEngine's own hooks; of others it asserts that they are none.
         remove_distillation(config)
+    if args.kd_options and not args.kd:
+        raise DistillError('--kd-options changes the recipe of --kd, which is missing; name one, e.g. --kd cwd.')
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
     if str(args.teacher).endswith(WITH_WEIGHTS):
         del given['--teacher-checkpoint']
     missing = [option for option, value in given.items() if not value]
     if not missing:
-        add_distillation(config, args.kd, args.teacher, args.teacher_checkpoint)
+        add_distillation(config, args.kd, args.teacher, args.teacher_checkpoint, args.kd_options or ())
+        options = args.cfg_options or {}
+        config.merge_from_dict({k: v for k, v in options.items() if k.startswith(HOOK)})
     elif any(given.values()):
         raise DistillError(f'{", ".join(given)} go together; {" and ".join(missing)} is missing.')
     _check_types(config)
@@ -244,32 +269,69 @@ def _use_amp(config: Config) -> None:
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def add_distillation(config: Config, recipe: str, teacher: str, checkpoint: str | None = None) -> None:
+def add_distillation(
+    config: Config,
+    recipe: str | Sequence[str],
+    teacher: str,
+    checkpoint: str | None = None,
+    words: Sequence[str] = (),
+) -> None:
     """Turn a plain config into a distilled one.
 
     Args:
         config: Changed in place.
-        recipe: Name or file of a recipe, see `kd_plugins.recipes`.
+        recipe: Name or file of a recipe, see `kd_plugins.recipes`; or several, with commas or in a list.
         teacher: The teacher's config, the ``.pt`` of an Ultralytics model, ``timm::name``, ``torchvision::name``, or an
             exported classifier (``.pt2``, ``.torchscript``).
         checkpoint: The teacher's weights; files of models have their own.
+        words: Changes to the recipes, ``'weight=3'``, see `kd_plugins.recipes.options`.
 
     Raises:
-        DistillError: The recipe is wrong, or the config already distils.
+        DistillError: The recipe is wrong or has not what is changed, or the config already distils.
     """
     if config.model.get('distill') is not None or (config.get('default_hooks') or {}).get('distill') is not None:
         raise DistillError(
             '--kd is for plain configs; this config already distils (model.distill or default_hooks.distill).'
         )
-    path = find_recipe(recipe, '--kd')
-    # What it stands for depends on the model, which the hook knows.
-    options = read_python(recipe) if path.suffix == '.py' else {'recipe': recipe}
-    hook = dict(type='kd_plugins.DistillHook', teacher=_teacher_source(teacher, checkpoint), **options)
+    # What a name stands for depends on the model, which the hook knows.
+    found = [read_python(r) if find_recipe(r, '--kd').suffix == '.py' else r for r in recipe_list(recipe)]
+    one = found[0] if len(found) == 1 else None
+    options = one if isinstance(one, Mapping) else {'recipe': one or found}
+    source = teacher_source(teacher, checkpoint)
+    if words:
+        options = {**options, 'options': read_words(words)}
+        # What no task has need not wait for the model.
+        check_names(_bodies(found, source, options['options']), options['options'], _loss_parameters, '--kd-options')
+    hook = dict(type='kd_plugins.DistillHook', teacher=source, **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
 
 
-def _teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
+def _bodies(recipes: Sequence[Any], teacher: Mapping[str, Any], given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What recipes may stand for, of which the model's task decides."""
+    found, first = [], None
+    for task in TASKS:
+        try:
+            found.append({**load_recipes(recipes, task, '--kd', given), 'teacher': teacher})
+        except DistillError as error:
+            first = first or error
+    if not found and first is not None:
+        raise first
+    return found
+
+
+def _loss_parameters(loss: Mapping[str, Any]) -> Collection[str] | None:
+    # Those of MMEngine's registries are known when the config's own imports were done.
+    name = type_name(loss.get('type')).removeprefix('kd_plugins.')
+    return loss_parameters()(loss) if hasattr(losses, name) else None
+
+
+def teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
+    """The ``teacher`` mapping of what the command line says, see `add_distillation`.
+
+    Raises:
+        DistillError: It names no model.
+    """
     if teacher.endswith(WITH_WEIGHTS) and checkpoint:
         raise DistillError(
             f'--teacher-checkpoint belongs to the config or the name of a teacher; {teacher!r} holds weights itself.'

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from kd_plugins.config_files import resolve_config
-from kd_plugins.errors import DistillError
+from kd_plugins.errors import DistillError, in_words
 from kd_plugins.type_names import type_name
 
 #: MMEngine's initialiser from a file, by its name in the registry and as a class.
@@ -31,12 +33,41 @@ def load_config(spec: str | Mapping[str, Any], where: str = 'teacher.config') ->
         try:
             config = Config.fromfile(path)
         except Exception as error:
+            base = _package_base(Path(path))
+            if base is not None:
+                raise DistillError(
+                    f'{where} {spec!r}: MMEngine cannot follow _base_ = {base!r} ({in_words(error)}), because it asks '
+                    f"pip for the package; write _base_ = __import__('kd_plugins').config({base!r})."
+                ) from error
             raise DistillError(f'{where} {spec!r} cannot be read: {type(error).__name__}: {error}') from error
     else:
         raise DistillError(f'{where} must be a config file, got {spec!r}.')
     if not isinstance(config.get('model'), Mapping):
         raise DistillError(f"{where} {_name(spec)} has no 'model'.")
     return config
+
+
+def _package_base(path: Path, seen: frozenset[Path] = frozenset()) -> str | None:
+    """The first ``package::path`` that a config, or one it inherits from, names as its base; None if there is none."""
+    try:
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    bases = [
+        text.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == '_base_' for t in node.targets)
+        for text in (node.value.elts if isinstance(node.value, (ast.List, ast.Tuple)) else [node.value])
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+    ]
+    for base in bases:
+        if '::' in base:
+            return base
+        inner = (path.parent / base).resolve()
+        found = None if inner in seen else _package_base(inner, seen | {inner})
+        if found is not None:
+            return found
+    return None
 
 
 def _name(spec: Any) -> str:

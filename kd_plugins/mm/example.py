@@ -53,7 +53,7 @@ def example_batch(runner: Any, model: nn.Module, images: int = 1) -> tuple[Tenso
     with untouched_rng(), _untouched_messages():
         batch = _real_batch(loader, model, images)
         if batch is None:
-            batch = _grey_batch(model, getattr(loader, 'dataset', None), like.device, images), None
+            batch = grey_batch(model, getattr(loader, 'dataset', None), like.device, images), None
     inputs, samples = batch
     if not isinstance(inputs, Tensor) or inputs.dim() != 4:
         kind = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
@@ -88,7 +88,7 @@ def _first(batch: Any, number: int) -> Any:
     return batch[:number] if isinstance(batch, (list, tuple, Tensor)) else batch
 
 
-def _grey_batch(model: nn.Module, dataset: Any, device: torch.device, images: int) -> Tensor:
+def grey_batch(model: nn.Module, dataset: Any, device: torch.device, images: int) -> Tensor:
     found = pipelines(dataset)
     preprocessor = getattr(model, 'data_preprocessor', None)
     size = getattr(preprocessor, 'size', None)

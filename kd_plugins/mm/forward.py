@@ -73,6 +73,11 @@ def _run_head(name: str, head: nn.Module, *inputs: Any) -> Any:
         ) from error
 
 
+def _body(model: nn.Module) -> str:
+    """What of a model has features to distil, in words."""
+    return 'the neck' if 'neck' in model._modules else "its features (student='backbone')"
+
+
 def openmmlab_tap(model: nn.Module, tap: Tap, side: str) -> Tap:
     """The tap that is meant: ``head``, ``neck``, ``backbone``, ``logits``, ``stages[i]``, or a path.
 
@@ -95,7 +100,8 @@ def openmmlab_tap(model: nn.Module, tap: Tap, side: str) -> Tap:
         if not task.head:
             raise DistillError(
                 f'{side} {str(tap)!r}: {type(model).__name__} has no head that predicts for every position of the '
-                f"image; tap 'neck' or 'backbone', or one of its modules: {', '.join(map(repr, model._modules))}."
+                f'image; distil {_body(model)} instead, e.g. --kd pkd (kd-plugins recipes CONFIG says what fits), or '
+                f'tap one of its modules: {", ".join(map(repr, model._modules))}.'
             )
         tap = tap.means(task.head, index=tap.index)
     elif tap.module == 'stages' and 'stages' not in model._modules:

@@ -69,7 +69,10 @@ class DistillHook(Hook):
         terms: Mapping of name to ``dict(loss=dict(type=...), student='tap', teacher='tap', adapter='auto', weight=1.0,
             temperature=None, start=0, stop=None, teacher_adapter=None, samples=None)``. ``weight`` and ``temperature``
             may be schedules.
-        recipe: Name (or file) of a recipe whose terms are taken; ``terms`` changes or completes them.
+        recipe: Name (or file) of a recipe whose terms are taken, or a list of several; ``terms`` changes or completes
+            them.
+        options: Changes that are applied last, see `kd_plugins.recipes.options`: ``dict(weight=3.0)`` is the weight of
+            every term, ``dict(logits=dict(weight=3.0))`` that of one.
         start: First epoch with KD (iteration in an ``IterBasedTrainLoop``), counted from 0.
             None: that of the recipe, or 0.
         stop: First epoch (iteration) without it again. None: to the end.
@@ -124,7 +127,7 @@ class DistillHook(Hook):
         written = self._resolve_options(model)
         pixel_format = written.pop('pixel_format', None)
         host = self._host = MMHost(model)
-        options = RunOptions.read(written, host.task.name)
+        options = RunOptions.read(written, host.task.name, more=find_in_registries)
         self._refuse_unread(runner, written, 'model' if isinstance(model, DistillMixin) else 'default_hooks')
         # Before the teachers are loaded: what is misspelt needs no minute to be found.
         terms = build_terms(options.terms, resolver_of(options.imports, find_in_registries))

@@ -162,7 +162,7 @@ def read_yaml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
     if path.suffix.lower() not in YAML_SUFFIXES:
         raise DistillError(f'{where} is not a .yaml file.')
     try:
-        values = yaml.load(path.read_bytes(), Loader=_Loader)
+        values = yaml.load(path.read_bytes(), Loader=Loader)
     except yaml.YAMLError as error:
         raise DistillError(f'{where} is not valid YAML: {" ".join(str(error).split())[:200]}') from error
     if values is None:
@@ -172,7 +172,7 @@ def read_yaml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
     return dict(values)
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML's safe loader without three of its traps."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
@@ -187,7 +187,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 # What YAML 1.1 takes for text: it wants a point and a sign, ``1.0e-3``, and ``null``.
-_Loader.add_implicit_resolver('tag:yaml.org,2002:null', re.compile('^None$'), ['N'])
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver('tag:yaml.org,2002:null', re.compile('^None$'), ['N'])
+Loader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789')
 )

@@ -10,15 +10,17 @@ from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
 from kd_plugins.distiller.summary import classes_text
-from kd_plugins.distiller.terms import Lookup, resolver_of
-from kd_plugins.errors import DistillError, check_keys, nearest
+from kd_plugins.distiller.terms import Lookup, Resolver, loss_parameters, resolver_of
+from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.predictions import Classes, match_classes
+from kd_plugins.recipes.options import apply_options, complete, load_recipes
 from kd_plugins.teachers.pixels import PixelFormat
 from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.sources import build_source, find_source
 
 #: What a run is told, whatever the zoo.
-KEYS = ('teacher', 'teachers', 'terms', 'recipe', 'start', 'stop', 'alpha', 'class_map', 'imports', 'pseudo_labels')
+KEYS: tuple[str, ...] = ('teacher', 'teachers', 'terms', 'recipe', 'options', 'start', 'stop', 'alpha')
+KEYS += ('class_map', 'imports', 'pseudo_labels')
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ class RunOptions:
     pseudo_labels: PseudoLabels | None = None
 
     @classmethod
-    def read(cls, options: Any, task: str = '', where: str = 'distill') -> RunOptions:
+    def read(cls, options: Any, task: str = '', where: str = 'distill', more: Lookup | None = None) -> RunOptions:
         """Read the options of a config.
 
         Args:
-            options: Mapping with keys among `KEYS`; ``recipe`` names one of `kd_plugins.recipes`, whose terms are
-                completed (or replaced, name by name) by ``terms``.
+            options: Mapping with keys among `KEYS`; ``recipe`` names one of `kd_plugins.recipes`, or several in a list,
+                whose terms are completed (or replaced, name by name) by ``terms``. ``options`` are applied to all of
+                it last, see `kd_plugins.recipes.options`.
             task: What the student does, for recipes that differ between tasks.
             where: What the mapping is, for messages.
+            more: Finds losses that are in no module of ``imports``.
 
         Raises:
             DistillError: A key is unknown or missing, or a value cannot be right.
@@ -64,10 +68,10 @@ class RunOptions:
         # First: whatever is looked up from here on may be one of these modules'.
         resolver_of(options.get('imports'))
         if options.get('recipe'):
-            from kd_plugins.recipes import load_recipe
-
-            recipe = load_recipe(options.pop('recipe'), task, f'{where}.recipe')
-            terms = {**recipe.pop('terms'), **options.get('terms', {})}
+            changed = options.get('options')
+            given = {*options, *(changed if isinstance(changed, Mapping) else ())}
+            recipe = load_recipes(options.pop('recipe'), task, f'{where}.recipe', given)
+            terms = complete(recipe.pop('terms'), options.get('terms', {}))
             options = {**recipe, **options, 'terms': terms}
         if 'teacher' in options and 'teachers' in options:
             raise DistillError(f'{where} has both teacher and teachers; write all of them in teachers=dict(name=...).')
@@ -81,6 +85,9 @@ class RunOptions:
             or not all(str(n).isidentifier() or not n for n in teachers)
         ):
             raise DistillError(f'{where}.teachers must be dict(name=dict(...), ...), got {teachers!r}.')
+        if options.get('options'):
+            options = _with_options(options, resolver_of(options.get('imports'), more), where)
+            teachers = {'': options['teacher']} if set(teachers) == {''} else teachers
         return cls(
             teachers=teachers,
             terms=options['terms'],
@@ -105,6 +112,17 @@ class RunOptions:
             'imports': list(self.imports),
             'pseudo_labels': None if self.pseudo_labels is None else self.pseudo_labels.to_dict(),
         }
+
+
+def _with_options(options: dict[str, Any], resolve: Resolver, where: str) -> dict[str, Any]:
+    changes, place = options['options'], f'{where}.options'
+    if not isinstance(changes, Mapping):
+        raise DistillError(f'{place} must be a mapping such as dict(weight=3.0, alpha=0.7), got {changes!r}.')
+    if not isinstance(options['terms'], Mapping):
+        raise DistillError(f'{place} changes terms, which must be a dict; got {shown(options["terms"])}.')
+    one = next(iter(options['teachers'].values())) if set(options.get('teachers', ())) == {''} else None
+    body = {**options, 'teacher': options.get('teacher', one)}
+    return apply_options(body, changes, loss_parameters(resolve), place)
 
 
 def load_teachers(

@@ -163,7 +163,7 @@ class DistillCallback:
                     'teacher on the same kind of images.'
                 )
             host.match_memory_format(teacher)
-        _refuse_other_tasks(session, host)
+        refuse_other_tasks(session, host)
         session.check_heads()
         names = class_names(trainer.data.get('names'))
         taught = host.task.trained(trainer.args.classes)
@@ -284,7 +284,7 @@ def _found(options: DistillOptions) -> DistillOptions:
     return options.replace(teacher=sources['']) if options.teachers is None else options.replace(teachers=sources)
 
 
-def _refuse_other_tasks(session: Session, host: UltralyticsHost) -> None:
+def refuse_other_tasks(session: Session, host: UltralyticsHost) -> None:
     """Refuse that the classes of images are taught to a detector or the other way round; features may be.
 
     Raises:

@@ -20,14 +20,16 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from kd_plugins import __version__, autoload
+from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, nearest
+from kd_plugins.recipes.options import check_names, complete, load_recipes, read_value, read_words
 from kd_plugins.yolo.callback import EVENTS, DistillCallback, check_installed, check_version
-from kd_plugins.yolo.options import DistillOptions
+from kd_plugins.yolo.options import HOW, DistillOptions
 from kd_plugins.yolo.recipe import read_recipe, recipe_of_run
 
 VERSION = ('version', '--version')
@@ -109,10 +111,31 @@ def choose(overrides: dict[str, Any], given: dict[str, Any]) -> DistillOptions |
     if recipe is None and not given:
         return None
     values = {**(read_recipe(str(recipe)) if recipe is not None else {}), **given}
+    if recipe is not None:
+        _check_changes(values)
     if values.get('teacher') is None:
         raise DistillError('kd_teacher is missing, the .pt file of the teacher: e.g. kd_teacher=yolo11x.pt.')
     with prefixed(given):
         return DistillOptions(**values)
+
+
+def _check_changes(values: Mapping[str, Any]) -> None:
+    """Refuse changes to a recipe that it has for no task: which task it is, is known when the model is built."""
+    changes = values.get('options')
+    if not isinstance(changes, Mapping) or not values.get('recipe') or values.get('imports'):
+        return
+    bodies, first = [], None
+    for task in ('detection', 'classification'):
+        try:
+            body = load_recipes(values['recipe'], task, RECIPE, {*values, *changes})
+            terms = complete(body['terms'], values.get('terms') or {})
+            short = {n: {'loss': {}} for n in HOW if values.get(n) is not None}
+            bodies.append({**body, 'terms': {**short, **terms}, 'teacher': {}})
+        except DistillError as error:
+            first = first or error
+    if not bodies and first is not None:
+        raise first
+    check_names(bodies, changes, loss_parameters(), f'{RECIPE} options')
 
 
 # ---------------------------------------------------------------------- words
@@ -133,13 +156,21 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         words = merge_equals_args(list(arguments))
     except SyntaxError as error:
         raise DistillError(str(error)) from error
-    rest, given = [], {}
+    rest: list[str] = []
+    given: dict[str, Any] = {}
+    changes: list[str] = []
+    recipe = any(w.lstrip('-').startswith(f'{RECIPE}=') for w in words)
     for word in words:
-        if _is_ours(word):
+        if not _is_ours(word):
+            rest.append(word)
+        elif _is_change(word, recipe):
+            changes.append(word.lstrip('-').removesuffix(',').removeprefix(f'{RECIPE}_'))
+        else:
             key, value = _option(word)
             given[key] = value
-        else:
-            rest.append(word)
+    if changes:
+        more = read_words(changes, f'{RECIPE} options', _read_change)
+        given['options'] = {**(given.get('options') or {}), **more}
     return rest, given
 
 
@@ -205,6 +236,20 @@ def overrides_of(words: Sequence[str]) -> dict[str, Any]:
 
 def _is_ours(word: str) -> bool:
     return bool(re.match(r'kd', word.lstrip('-'), re.IGNORECASE))
+
+
+def _is_change(word: str, recipe: bool) -> bool:
+    """Whether a word changes a recipe, or an entry of the teacher, and is no option of its own."""
+    name = word.lstrip('-').partition('=')[0].strip()
+    if not name.startswith(f'{RECIPE}_') or '=' not in word:
+        return False
+    name = name.removeprefix(f'{RECIPE}_')
+    return name.startswith('teacher.') or (recipe and name not in DistillOptions.names())
+
+
+def _read_change(text: str, where: str) -> Any:
+    # dict(type='linear', ...) as in the other options.
+    return parse_value(text) if text.startswith('dict(') else read_value(text, where)
 
 
 def _option(word: str) -> tuple[str, Any]:
@@ -293,6 +338,7 @@ def help_text() -> str:
         '',
         '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd_teacher=yolo11x.pt kd_cls=1 kd_box=1',
         '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd=kd.yaml kd_cls=0.5    # a file and a change to it',
+        '  yolo-kd train ... kd=cwd,binary_kl kd_teacher=yolo11x.pt kd_weight=3 kd_neck.weight=10 kd_stop=280',
         '  yolo-kd train resume model=runs/detect/train/weights/last.pt             # with the kd.yaml of that run',
         f'  yolo-kd status | enable | disable    # let an unmodified yolo train read a recipe from {autoload.VARIABLE}',
         '',
@@ -301,7 +347,8 @@ def help_text() -> str:
         *_entry(
             RECIPE,
             'A recipe by name (kd-plugins recipes lists them), or a YAML file with any of the options below without '
-            'kd_. They override it.',
+            'kd_. They override it. Several with commas. Beside it kd_weight=3 (and any other option of a term or of '
+            'its loss) changes every term that has it, kd_TERM.weight=3 one term, kd_teacher.KEY=... the teacher.',
             'None',
         ),
     ]

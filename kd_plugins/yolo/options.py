@@ -66,7 +66,11 @@ class DistillOptions:
             weight: 1.0, ...}}`` as in MMEngine's hook. Taps are ``head``, ``neck``, ``backbone``, ``stages[i]``,
             ``model.<layer>``. The options ``cls`` to ``feature`` are short for such terms; beside ``terms`` or a
             ``recipe`` only those that are given count, and for a term of that name in ``terms`` they are its weight.
-        recipe: Name (or file) of a recipe whose terms are taken: ``cwd``, ``pkd``, ``mgd``, ``cosine``, ...
+        recipe: Name (or file) of a recipe whose terms are taken: ``cwd``, ``pkd``, ``mgd``, ``cosine``, ...; several
+            with commas or in a list.
+        options: Changes to a recipe and to the teacher that are made last: ``{weight: 3}`` is the weight of every term,
+            ``{neck: {weight: 3}}`` that of one, ``{teacher: {trusted: true}}`` an entry of the teacher. Beside a
+            recipe, ``kd_weight=3`` and ``kd_neck.weight=3`` are short for it.
         imports: Modules of your own losses, forms, schedules and the like, ``[my_package.losses]``.
         alpha: Balance in [0, 1]: alpha x the KD losses + (1 - alpha) x the task loss while KD is on. None: both as
             they are.
@@ -83,9 +87,10 @@ class DistillOptions:
         box_loss: ``'auto'`` (``'ld'`` when both heads have the same bins, else ``'iou'``, or ``'l1'`` for rotated
             boxes), ``'ld'``, ``'iou'``, ``'l1'``, ``'l2'``, or ``dict(type=...)``.
         feature_loss: ``'mse'``, ``'cwd'``, ``'pkd'``, ``'mgd'``, ``'cosine'`` or ``dict(type=...)``.
-        temperature: Of the class term; None: the loss's own default.
+        temperature: Of the class term, beside a recipe of every term that has one; None: the loss's own default.
         box_temperature: Of localization distillation; None: its default (10).
-        foreground: Weight positions by the teacher's confidence. False: all positions alike.
+        foreground: Weight positions by the teacher's confidence. False: all positions alike; beside a recipe, in every
+            term that has it.
         branch: Which branch of an end-to-end student (YOLOv10, YOLO26) learns: ``'one2many'``, ``'one2one'`` or
             ``'both'``; each is multiplied by the factor that Ultralytics gives to the branch in this epoch.
         classes: Class names of the teacher in the order of its outputs, where its file has none or wrong ones.
@@ -104,7 +109,8 @@ class DistillOptions:
     teacher: str | Mapping[str, Any] | None = None
     teachers: Mapping[str, Any] | None = None
     terms: Mapping[str, Any] | None = None
-    recipe: str | None = None
+    recipe: str | Sequence[Any] | None = None
+    options: Mapping[str, Any] | None = None
     imports: Sequence[str] | None = None
     alpha: float | None = None
     cls: Any = None
@@ -158,6 +164,8 @@ class DistillOptions:
         for name, short in SHORT_LOSSES.items():
             self._check_loss(name, short)
         self._check_classes()
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise DistillError(f'options must be a mapping such as {{weight: 3}}, got {self.options!r}.')
         check_alpha(self.alpha)
         PseudoLabels.read(self.pseudo_labels)
         for name in ('start', 'stop'):
@@ -258,8 +266,10 @@ class DistillOptions:
                 f'branch={self.branch!r}, but the student is not end-to-end: it has one branch; leave branch out.'
             )
         written = self.terms is not None or self.recipe is not None
+        changes = dict(self.options or {})
         if written:
-            self._refuse_idle()
+            changes = {**self._of_recipe(), **changes}
+            self._refuse_idle(changes)
         if classifier:
             if any(getattr(self, name) not in (None, 0) for name in ('box', 'mask', 'feature')):
                 raise DistillError(
@@ -289,6 +299,7 @@ class DistillOptions:
             class_map=self.class_map,
             imports=self.imports,
             pseudo_labels=self.pseudo_labels,
+            options=changes or None,
         )
         return RunOptions.read(options, 'classification' if classifier else 'detection', 'the distillation')
 
@@ -297,12 +308,28 @@ class DistillOptions:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [name for name in names if getattr(self, name) != defaults[name]]
 
-    def _refuse_idle(self) -> None:
-        """Refuse options that say how a short option is to be done which is not there."""
+    def _of_recipe(self) -> dict[str, Any]:
+        """Options of the class term that, without one, are those of every term of a recipe that has them."""
+        if self.recipe is None or self.cls is not None:
+            return {}
+        changed = [n for n in self._changed(('temperature', 'foreground')) if n != 'foreground' or self._all_idle]
+        return {name: getattr(self, name) for name in changed}
+
+    @property
+    def _all_idle(self) -> bool:
+        return all(getattr(self, name) is None for name in HOW)
+
+    def _refuse_idle(self, used: Mapping[str, Any]) -> None:
+        """Refuse options that say how a short option is to be done which is not there.
+
+        Args:
+            used: Those that mean something else.
+        """
         missing = [name for name in HOW if getattr(self, name) is None]
         idle = [option for name in missing for option in self._changed(HOW[name])]
-        if len(missing) == len(HOW):
+        if self._all_idle:
             idle += self._changed(('foreground', 'branch'))
+        idle = [name for name in idle if name not in used]
         if idle:
             raise DistillError(
                 f'{idle[0]} belongs to the short options, and beside terms or a recipe it would do nothing; write it '

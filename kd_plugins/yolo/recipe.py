@@ -12,7 +12,8 @@ from typing import Any
 from kd_plugins import __version__
 from kd_plugins.distiller import Session
 from kd_plugins.errors import DistillError, check_keys
-from kd_plugins.recipes import TASKS, find_recipe, is_name, read_yaml
+from kd_plugins.recipes import KEYS, TASKS, find_recipe, is_name, read_yaml
+from kd_plugins.recipes.options import recipe_list, split_recipes
 from kd_plugins.teachers import load_checkpoint
 from kd_plugins.teachers.run import RunOptions
 from kd_plugins.yolo.options import DistillOptions
@@ -37,23 +38,43 @@ _DEFAULTS = {f.name: f.default for f in dataclasses.fields(DistillOptions)}
 
 
 def read_recipe(recipe: str | os.PathLike) -> dict[str, Any]:
-    """The options that a recipe sets.
+    """The options that a recipe sets, or several with commas between them.
 
     Args:
         recipe: The name of a recipe of the package, or a file: a kd.yaml, or a recipe of one's own with a body for each
-            task. A relative ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
+            task. Among several, one file may say more than a recipe does (a kd.yaml with the teacher). A relative
+            ``teacher`` in it is relative to the working folder, as every path of Ultralytics.
 
     Returns:
         The options; their values are not checked yet. What is a body for each task is left to the ``recipe`` option,
         as the task is not known here.
 
     Raises:
-        DistillError: There is no such recipe, it is not a YAML mapping, or has an unknown key.
+        DistillError: There is no such recipe, it is not a YAML mapping, or has an unknown key; or two files say more.
     """
+    entries = split_recipes(os.fspath(recipe))
+    found: dict[str, Any] = {}
+    recipes: list[str] = []
+    for entry in entries:
+        values = _read_recipe(entry)
+        if len(entries) > 1 and not is_name(entry) and set(values) <= set(KEYS):
+            values = {'recipe': str(Path(entry).expanduser().absolute())}
+        recipes += recipe_list(values.pop('recipe', None) or [])
+        if values and found:
+            raise DistillError(
+                f'kd: {entry!r} says more than a recipe does, and so does another file; give one of them.'
+            )
+        found = found or values
+    if not recipes:
+        return found
+    return {**found, 'recipe': recipes[0] if len(recipes) == 1 else recipes}
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
     path = find_recipe(recipe, 'kd')
     if is_name(recipe):
-        return {'recipe': str(recipe)}
-    where = f'recipe {str(recipe)!r}'
+        return {'recipe': recipe}
+    where = f'recipe {recipe!r}'
     values = read_yaml(path, where)
     if set(TASKS) & set(values):
         return {'recipe': str(path.absolute())}
@@ -140,6 +161,8 @@ def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> Dist
         **short,
         terms=terms,
         recipe=None,
+        options=None,
+        **({'teacher': run.teachers['']} if set(run.teachers) == {''} and 'teacher' in (options.options or {}) else {}),
         start=run.window.start,
         stop=run.window.stop,
         alpha=run.alpha,

@@ -126,6 +126,21 @@ def test_recipes(lab, case, command):
     assert difference(read(checkpoint)['state_dict'], tested.model.state_dict()) == {}
 
 
+def test_several_recipes_changed_from_the_command_line(seg_lab, command):
+    """Merged terms, ``--kd-options`` and ``--cfg-options`` on the hook that ``--kd`` makes, in one short run."""
+    path = seg_lab.dump(Config(seg_lab.plain().to_dict()))
+    words = ['weight=2', 'logits_cwd.weight=0.5', 'alpha=0.7', 'stop=1000']
+    changes = ['default_hooks.distill.terms.logits.loss.temperature=2.0', 'default_hooks.distill.start=0']
+    teacher = kd('pixel_kl', seg_lab.teacher())
+    teacher.insert(teacher.index('pixel_kl') + 1, 'cwd')
+    runner, _ = command(cli.train, path, *teacher, '--kd-options', *words, '--cfg-options', *changes)
+    session = seg_lab.session(runner)
+    assert {name: term.weight(0) for name, term in session.terms.items()} == dict(logits=2.0, logits_cwd=0.5)
+    assert session.alpha == 0.7 and session.window.stop == 1000
+    assert session.terms['logits'].loss.temperature == 2.0
+    assert {'loss_kd_logits', 'loss_kd_logits_cwd', 'kd_ratio'} <= logged(runner)
+
+
 def test_mmsegs_own_script_distils_an_unedited_config_from_the_command_line(seg_lab, command):
     teacher = seg_lab.teacher()
     options = {

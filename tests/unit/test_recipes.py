@@ -175,7 +175,8 @@ def test_a_recipe_for_another_task_names_those_that_fit():
     with pytest.raises(DistillError) as caught:
         load_recipe('yolo_logit', 'segmentation')
     assert str(caught.value) == (
-        "recipe 'yolo_logit' is for detection, not for segmentation; choose from: 'cwd', 'pixel_kl'."
+        "recipe 'yolo_logit' is for detection, not for segmentation; "
+        "choose from: 'cosine', 'cwd', 'feature', 'mgd', 'pixel_kl', 'pkd'."
     )
     with pytest.raises(DistillError, match=r'is for detection and segmentation, not for classification; .*deit_hard'):
         load_recipe('cwd', 'classification')

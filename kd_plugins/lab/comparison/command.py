@@ -24,7 +24,7 @@ HELP = {
     'mm': dict(
         teacher='config of the teacher: a detector, a segmentor or a classifier',
         student='config of the plain student, of the same kind',
-        kd='recipes (kd-plugins recipes lists them) or files: one distilled student for each',
+        kd='recipes (kd-plugins recipes lists them) or files: one distilled student for each, a,b for both at once',
     ),
     'yolo': dict(
         teacher='.pt; or .yaml, which is trained first',
@@ -35,6 +35,7 @@ HELP = {
 }
 RENAMED = {
     'kd': 'recipes',
+    'kd_options': 'recipe_options',
     'options': 'student_options',
     'cfg_options': 'student_options',
     'teacher_cfg_options': 'teacher_options',
@@ -65,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--teacher', required=True, help=HELP[zoo]['teacher'])
     parser.add_argument('--student', required=True, help=HELP[zoo]['student'])
     parser.add_argument('--kd', nargs='+', required=True, metavar='RECIPE', help=HELP[zoo]['kd'])
+    parser.add_argument(
+        '--kd-options',
+        nargs='+',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help='changes to the recipes: weight=3, TERM.weight=3, alpha=0.7, stop=280; weight=1,3,10 tries several, each '
+        'combination a distilled student of its own',
+    )
     for option, settings in OWN[zoo]:
         parser.add_argument(option, **settings)
     parser.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds 0 to N-1 (default: 1)')

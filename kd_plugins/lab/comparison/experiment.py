@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +21,24 @@ from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.phases import Display, Phase, clock, run_phases
 from kd_plugins.lab.comparison.report import Section, write_report
 from kd_plugins.lab.comparison.table import Arm, Metrics, Result, joint_text, text
+from kd_plugins.recipes import is_name
+from kd_plugins.recipes.options import split_recipes
 
 TEACHER, PLAIN = 'teacher', 'plain'
 TEACHER_SEED = 0
 #: Which model: its arm (or `TEACHER`) and its seed.
 Key = tuple[str, int]
+
+
+def arm_name(recipe: str, words: Sequence[str] = ()) -> str:
+    """What an arm is called, in tables and as a folder.
+
+    Args:
+        recipe: Names or files of recipes, with commas between them.
+        words: Changes to them, ``'weight=3'``.
+    """
+    stems = '+'.join(entry if is_name(entry) else Path(entry).stem for entry in split_recipes(recipe))
+    return ' '.join([stems, *(re.sub(r'[^\w.=+-]+', '_', word) for word in words)])
 
 
 class Experiment(ABC):

@@ -14,7 +14,7 @@ from kd_plugins.adapters import LogitProjector
 from kd_plugins.distiller import build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import KLDivLoss
-from kd_plugins.mm import DistillHook, TimmClassifier, distilled
+from kd_plugins.mm import DistillHook, TimmClassifier, configs, distilled
 from kd_plugins.mm.cli import _check_types, _use_amp, remove_distillation
 from kd_plugins.mm.configs import plain_model, without_pretrained
 
@@ -108,3 +108,24 @@ def test_a_config_of_ours_is_a_base(tmp_path):
     assert config.model.layers == 1 and config.model.model == 'resnet18' and config.train_cfg.max_epochs
     with pytest.raises(DistillError, match=r"did you mean 'kd_plugins::yolo/early.yaml'"):
         kd_plugins.config('kd_plugins::yolo/earl.yaml')
+
+
+def test_a_base_that_mmengine_cannot_follow(tmp_path, monkeypatch):
+    """Under other distributions of the frameworks it asks pip for a package that is there under another name."""
+    (tmp_path / 'base.py').write_text("_base_ = ['./other.py', 'mmseg::fcn/fcn.py']\n")
+    (tmp_path / 'other.py').write_text('model = dict()\n')
+    (tmp_path / 'own.py').write_text("_base_ = './base.py'\nmodel = dict()\n")
+    (tmp_path / 'circle.py').write_text("_base_ = './circle.py'\n")
+    error = ModuleNotFoundError('mmsegmentation is not installed, please install mmsegmentation manually')
+
+    def fromfile(path):
+        raise error
+
+    monkeypatch.setattr(configs.Config, 'fromfile', fromfile)
+    with pytest.raises(
+        DistillError, match=r"write _base_ = __import__\('kd_plugins'\)\.config\('mmseg::fcn/fcn\.py'\)"
+    ):
+        configs.load_config(str(tmp_path / 'own.py'))
+    for name in ('other.py', 'circle.py'):
+        with pytest.raises(DistillError, match='cannot be read: ModuleNotFoundError'):
+            configs.load_config(str(tmp_path / name))

@@ -7,7 +7,7 @@ pytest.importorskip('ultralytics')
 from kd_plugins.errors import DistillError
 from kd_plugins.recipes import load_recipe
 from kd_plugins.yolo import DistillOptions
-from kd_plugins.yolo.cli import choose, help_text
+from kd_plugins.yolo.cli import choose, help_text, split
 from kd_plugins.yolo.recipe import read_options, read_recipe
 
 TRAIN = dict(mode='train')
@@ -77,3 +77,47 @@ def test_what_yaml_takes_for_text_at_any_depth(tmp_path):
 
 def test_help_says_where_names_are_listed():
     assert 'kd-plugins recipes' in help_text()
+
+
+# ---------------------------------------------------------------------- several, and changes to them
+def chosen(*words):
+    rest, given = split(['train', *words])
+    assert rest == ['train']
+    return choose(TRAIN, given)
+
+
+def test_several_recipes_and_changes_to_them(tmp_path):
+    words = ['kd=cwd,pkd', 'kd_teacher=a.pt', 'kd_weight=3', 'kd_neck_pkd.weight=dict(type="linear", start=1, end=0)']
+    options = chosen(*words, 'kd_stop=280', 'kd_alpha=0.7', 'kd_temperature=2', 'kd_teacher.input_size=320')
+    run = expanded(options)
+    assert list(run.terms) == ['neck', 'neck_pkd'] and run.window.stop == 280 and run.alpha == 0.7
+    assert run.terms['neck']['weight'] == 3 and run.terms['neck']['temperature'] == 2
+    assert run.terms['neck_pkd']['weight'] == dict(type='linear', start=1, end=0)
+    assert run.teachers['']['ultralytics'] == 'a.pt' and run.teachers['']['input_size'] == 320
+    # What is a kd.yaml brings the teacher along.
+    (tmp_path / 'kd.yaml').write_text('teacher: b.pt\nstop: 9\n')
+    (tmp_path / 'own.yaml').write_text(f'alpha: 0.5\nterms: {{a: {TERM}}}\n')
+    run = expanded(chosen(f'kd=cwd,{tmp_path}/kd.yaml,{tmp_path}/own.yaml', 'kd_a.weight=4'))
+    assert list(run.terms) == ['neck', 'a'] and run.terms['a']['weight'] == 4 and run.alpha == 0.5
+    assert run.window.stop == 9 and run.teachers['']['ultralytics'] == 'b.pt'
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['kd=cwd', 'kd_wieght=3'], "nothing has an option 'wieght'; did you mean 'weight'"),
+        (['kd=cwd', 'kd_neck.wieght=3'], "term 'neck' has no option 'wieght'; did you mean 'weight'"),
+        (['kd=mgd', 'kd_temperature=3'], "nothing has an option 'temperature'"),
+        (['kd_weight=3'], "there is no option 'kd_weight'"),
+        (['kd=cwd,cwdd'], "did you mean 'cwd'"),
+    ],
+)
+def test_changes_to_what_is_not_there(words, message):
+    with pytest.raises(DistillError, match=message) as caught:
+        expanded(chosen(*words, 'kd_teacher=a.pt'))
+    assert len(str(caught.value)) < 400
+
+
+def test_without_a_recipe_the_teacher_can_be_changed():
+    run = expanded(chosen('kd_teacher=a.pt', 'kd_cls=2', 'kd_teacher.input_size=320'))
+    assert run.teachers['']['input_size'] == 320 and run.terms['cls']['weight'] == 2

@@ -20,7 +20,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 from kd_plugins.errors import DistillError
-from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
+from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment, arm_name
 from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.mm.classifications import read_classifications
@@ -30,8 +30,9 @@ from kd_plugins.lab.comparison.mm.segmentations import read_segmentations
 from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.lab.comparison.phases import Phase
 from kd_plugins.mm.configs import load_config, without_pretrained
-from kd_plugins.mm.recipes import read_recipe
+from kd_plugins.mm.recipes import read_recipes
 from kd_plugins.recipes import find_recipe
+from kd_plugins.recipes.options import combinations, split_recipes
 
 DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
@@ -47,7 +48,7 @@ class Comparison(Experiment):
     Attributes:
         teacher: Config of the teacher.
         student: Config of the student.
-        recipes: Recipes by name or file; each is one distilled arm.
+        recipes: Recipes by name or file; each is one distilled arm, and so are several with commas between them.
         work_dir: Everything is written below it. A second call with the same settings repeats nothing.
         seeds: Seeds of the students.
         teacher_checkpoint: Weights of the teacher; None trains it first.
@@ -56,6 +57,8 @@ class Comparison(Experiment):
         jobs: Trainings that run at once. None: two where there is no GPU but more than one core, so that the plain
             and the distilled student run side by side, under the same conditions.
         scenes: Images in the picture of what the models find.
+        recipe_options: Changes to the recipes, one list for each time that ``--kd-options`` is given, see
+            `kd_plugins.recipes.options.combinations`; every combination is an arm.
         title: Headline of the report.
     """
 
@@ -70,6 +73,7 @@ class Comparison(Experiment):
     jobs: int | None = None
     scenes: int = 5
     title: str = 'Plain and distilled student'
+    recipe_options: Sequence[Sequence[str]] = ()
     step: ClassVar[str] = 'iter'
     together: ClassVar[str] = 'data loading'
     #: The teacher uses all cores alone; then plain and distilled students run side by side.
@@ -79,9 +83,10 @@ class Comparison(Experiment):
         self.work_dir = Path(self.work_dir)
         if not self.recipes:
             raise DistillError('--kd needs at least one recipe.')
-        for recipe in self.recipes:
+        for recipe in (entry for given in self.recipes for entry in split_recipes(given)):
             find_recipe(recipe, '--kd')
-        self.arms = dict(zip(_arm_names(self.recipes), self.recipes, strict=True))
+        pairs = [(recipe, words) for recipe in self.recipes for words in combinations(self.recipe_options)]
+        self.arms = dict(zip(_arm_names(pairs), pairs, strict=True))
         if self.teacher_checkpoint and not Path(self.teacher_checkpoint).is_file():
             raise DistillError(f'--teacher-checkpoint {self.teacher_checkpoint!r} does not exist.')
         self.prepare()
@@ -93,7 +98,7 @@ class Comparison(Experiment):
         self.teacher_config = read_config(self.teacher, self.teacher_options, '--teacher')
         self.student_config = read_config(self.student, self.student_options, '--student')
         self.task = find_evaluator(self.student_config, '--student').task
-        self._recipes = {arm: read_recipe(recipe, self.task.name, '--kd') for arm, recipe in self.arms.items()}
+        self._recipes = {arm: read_recipes(given, self.task.name, words) for arm, (given, words) in self.arms.items()}
         taught = find_evaluator(self.teacher_config, '--teacher').task
         if taught != self.task:
             raise DistillError(
@@ -116,7 +121,9 @@ class Comparison(Experiment):
         extra, settings = [], {}
         if arm != PLAIN:
             checkpoint = self.teacher_weights()
-            extra = ['--kd', self.arms[arm], '--teacher', self.teacher, '--teacher-checkpoint', str(checkpoint)]
+            recipe, words = self.arms[arm]
+            extra = ['--kd', recipe, '--teacher', self.teacher, '--teacher-checkpoint', str(checkpoint)]
+            extra += ['--kd-options', *words] if words else []
             settings = dict(
                 recipe=self._recipes[arm],
                 teacher=Config(dict(model=self.teacher_config.model)).pretty_text,
@@ -313,8 +320,8 @@ def _options(options: Sequence[str]) -> list[str]:
     return ['--cfg-options', *options] if options else []
 
 
-def _arm_names(recipes: Sequence[str]) -> list[str]:
-    names = [Path(recipe).stem for recipe in recipes]
+def _arm_names(pairs: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    names = [arm_name(recipe, words) for recipe, words in pairs]
     for name in names:
         if names.count(name) > 1 or name == PLAIN:
             raise DistillError(f'--kd: two arms would be called {name!r}; rename a recipe file.')

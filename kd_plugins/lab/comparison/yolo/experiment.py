@@ -15,7 +15,7 @@ import numpy as np
 
 from kd_plugins.config_files import config_folder
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment
+from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment, arm_name
 from kd_plugins.lab.comparison.figures import Detections, Objects, Picture
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.phases import Phase
@@ -23,6 +23,7 @@ from kd_plugins.lab.comparison.table import BOXES, Metrics
 from kd_plugins.lab.comparison.yolo.evaluate import image_files
 from kd_plugins.lab.comparison.yolo.logs import MAP, TrainerProgress, read_history
 from kd_plugins.recipes import find_recipe, is_name, names
+from kd_plugins.recipes.options import combinations, split_recipes
 from kd_plugins.yolo.callback import check_version, quiet
 from kd_plugins.yolo.cli import overrides_of
 from kd_plugins.yolo.recipe import read_recipe
@@ -56,6 +57,8 @@ class Comparison(Experiment):
         teacher_options: The same for the teacher's training.
         jobs: Trainings that run at once. None: two where there is no GPU but more than one core.
         scenes: Images in the picture of detections.
+        recipe_options: Changes to the recipes, one list for each time that ``--kd-options`` is given, see
+            `kd_plugins.recipes.options.combinations`; every combination is an arm.
         title: Headline of the report.
 
     Raises:
@@ -73,6 +76,7 @@ class Comparison(Experiment):
     jobs: int | None = None
     scenes: int = 5
     title: str = 'Plain and distilled student in Ultralytics'
+    recipe_options: Sequence[Sequence[str]] = ()
     metrics: ClassVar[Metrics] = BOXES
     unit: ClassVar[str] = 'epoch'
     step: ClassVar[str] = 'epoch'
@@ -85,8 +89,9 @@ class Comparison(Experiment):
         check_version()
         # Ultralytics puts relative projects below its own folder for runs.
         self.work_dir = Path(self.work_dir).absolute()
-        self.words = dict(map(self._arm, self.recipes))
-        if not self.recipes or len(self.words) < len(self.recipes):
+        arms = [arm for recipe in self.recipes for arm in self._arms(recipe)]
+        self.words = dict(arms)
+        if not self.recipes or len(self.words) < len(arms):
             raise DistillError('--kd needs at least one recipe, and every one of another name.')
         self.data = _find_data(self.data)
         self._data: dict[str, Any] | None = None
@@ -103,10 +108,19 @@ class Comparison(Experiment):
         self._refuse_other_tasks()
         self.prepare()
 
-    def _arm(self, name: str) -> tuple[str, list[str]]:
-        """Name and words for the command line of a distilled student; the teacher is added later."""
-        if name in (NATIVE, DEFAULT):
-            return name, []
+    def _arms(self, given: str) -> list[tuple[str, list[str]]]:
+        """Name and words for the command line of the students of a recipe; the teacher is added later."""
+        if given in (NATIVE, DEFAULT):
+            return [(given, [])]
+        found = ','.join(map(self._recipe, split_recipes(given)))
+        read_recipe(found)
+        return [
+            (arm_name(found, changes), [f'kd={found}', *(f'kd_{change}' for change in changes)])
+            for changes in combinations(self.recipe_options)
+        ]
+
+    def _recipe(self, name: str) -> str:
+        """The recipe as the command line of a student is told."""
         examples = [p.stem for p in EXAMPLES.glob('*.yaml')]
         if is_name(name) and name not in names():
             if name not in examples:
@@ -116,8 +130,7 @@ class Comparison(Experiment):
         path = find_recipe(name, '--kd')
         if path.stem in (TEACHER, PLAIN, NATIVE, DEFAULT):
             raise DistillError(f'--kd: an arm cannot be called {path.stem!r}; rename the recipe.')
-        read_recipe(name)
-        return path.stem, [f'kd={name if is_name(name) else path.absolute()}']
+        return name if is_name(name) else str(path.absolute())
 
     def _refuse_other_tasks(self) -> None:
         from ultralytics import YOLO
@@ -145,7 +158,11 @@ class Comparison(Experiment):
             teacher = self.teacher_weights().absolute()
             key = 'distill_model' if arm == NATIVE else 'kd_teacher'
             phase.command = [*phase.command, *self.words[arm], f'{key}={teacher}']
-            recipe = find_recipe(self.words[arm][0].removeprefix('kd=')).read_text() if self.words[arm] else None
+            recipe = None
+            if self.words[arm]:
+                first, *changes = self.words[arm]
+                files = [find_recipe(entry).read_text() for entry in split_recipes(first.removeprefix('kd='))]
+                recipe = '\n'.join([*files, *changes])
             phase.settings = {**phase.settings, 'recipe': recipe, 'teacher': self.hash_of(teacher)}
         return phase
 

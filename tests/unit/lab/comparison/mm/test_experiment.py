@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from kd_plugins.errors import DistillError
 from kd_plugins.lab.comparison.figures import task_loss
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.mm.experiment import Comparison, _without_balance
@@ -38,3 +39,38 @@ def test_curves_of_an_arm_know_its_balance(tmp_path):
         history = comparison.history(log.parents[2])
         assert task_loss(history)[1] == pytest.approx([2])
         assert history.val[1]['accuracy/top1'] == 0.8
+
+
+def test_every_combination_of_options_is_an_arm(tmp_path):
+    config, weights = tmp_path / 'config.py', tmp_path / 't.pth'
+    weights.write_bytes(b'1')
+    config.write_text(
+        "model = dict(type='kd_plugins.TimmClassifier')\ntrain_cfg = dict(max_epochs=1)\n"
+        "test_evaluator = dict(type='kd_plugins.Accuracy', topk=1)\n"
+    )
+
+    def compare(*options, recipes=('kl', 'dist,vit_attention')):
+        return Comparison(
+            str(config),
+            str(config),
+            recipes,
+            tmp_path / 'runs',
+            teacher_checkpoint=str(weights),
+            recipe_options=options,
+        )
+
+    comparison = compare(['weight=1,{type: linear, start: 1, end: 0}', 'alpha=0.7'])
+    assert list(comparison.distilled) == [
+        f'{recipe} {words} alpha=0.7' for recipe in ('kl', 'dist+vit_attention')
+        for words in ('weight=1', 'weight=_type_linear_start_1_end_0_')
+    ]  # fmt: skip
+    phases = [comparison.train_student(arm, 0) for arm in comparison.distilled]
+    where = phases[3].command.index('--kd-options')
+    assert phases[3].command[where + 1 :] == ['weight={type: linear, start: 1, end: 0}', 'alpha=0.7']
+    assert phases[3].command[phases[3].command.index('--kd') + 1] == 'dist,vit_attention'
+    assert len({phase.fingerprint for phase in phases}) == 4
+    assert comparison._recipes[comparison.distilled[0]]['alpha'] == 0.7, 'by which curves are read'
+    with pytest.raises(DistillError, match="nothing has an option 'wieght'; did you mean 'weight'"):
+        compare(['wieght=3'])
+    with pytest.raises(DistillError, match='two arms would be called'):
+        compare(['weight=3'], recipes=['kl', 'kl'])

@@ -72,6 +72,20 @@ def test_commands(wanted, tmp_path):
     assert again.train_student('native', 0).fingerprint != prints['native']
 
 
+def test_every_combination_of_options_is_a_student(wanted, tmp_path):
+    sweep = [['weight=1,3', 'stop=5'], ['neck.weight=2']]
+    comparison = Comparison(**{**wanted, 'recipes': ['cwd', 'cwd,pkd']}, recipe_options=sweep)
+    assert list(comparison.distilled) == [
+        f'{recipe} {words}' for recipe in ('cwd', 'cwd+pkd')
+        for words in ('weight=1 stop=5', 'weight=3 stop=5', 'neck.weight=2')
+    ]  # fmt: skip
+    (tmp_path / 'runs' / 'teacher' / 'train' / 'weights').mkdir(parents=True)
+    (tmp_path / 'runs' / 'teacher' / 'train' / 'weights' / 'last.pt').write_bytes(b'1')
+    phases = [comparison.train_student(arm, 0) for arm in comparison.distilled]
+    assert {'kd=cwd,pkd', 'kd_weight=3', 'kd_stop=5'} <= set(phases[4].command)
+    assert len({phase.fingerprint for phase in phases}) == 6
+
+
 def test_other_labels_make_another_run(wanted, tmp_path):
     before = Comparison(**wanted).train_student('plain', 0).fingerprint
     assert Comparison(**wanted).train_student('plain', 0).fingerprint == before
