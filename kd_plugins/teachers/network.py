@@ -171,7 +171,7 @@ def _parsed(timm: Any, name: str, where: str) -> tuple[str | None, str]:
             f'{where}: timm cannot read the name {name!r}; models from elsewhere are written '
             f"'hf-hub:owner/name' or 'local-dir:folder' ({in_words(error)})."
         ) from error
-    return place or None, model  # '' in timm 1.0.15, None since
+    return None if place == 'timm' else place, model  # timm 1.0.15 calls itself so, later ones None
 
 
 def timm_names(net: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
