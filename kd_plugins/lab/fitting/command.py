@@ -81,7 +81,7 @@ def report(pair: Pair, trials: Sequence[Trial], width: int = WIDTH) -> str:
     lines = [f'student {type(pair.student).__name__}, teacher {teacher}, {pair.task}', *(f'({n})' for n in pair.notes)]
     lines += [
         '',
-        f'fits: {len(fitting)} of {len(trials)} recipes; weight of each term, and the range worth trying:',
+        f'fits: {len(fitting)} of {len(trials)} recipes; weight of each term, and what is worth trying:',
         '',
     ]
     first = max(map(len, (t.recipe for t in trials)), default=0) + 4
