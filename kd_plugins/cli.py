@@ -33,7 +33,7 @@ COMMANDS = {
     'benchmark': ('kd_plugins.lab.benchmark:main', 'what a distilled training step costs, or a dense loss'),
     'recipes': (
         'kd_plugins.lab.fitting.command:main',
-        'the published methods; recipes NAME prints one, recipes MODEL says which fit it',
+        'the published methods; NAME prints one, MODEL says which fit it',
     ),
     'prepare-digits': (
         'kd_plugins.lab.data.command:digits',

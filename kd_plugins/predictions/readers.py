@@ -190,8 +190,8 @@ def _refusal(name: str, form: type[Form], because: str = '') -> DistillError:
     supported = ', '.join(heads) or "none yet (import 'kd_plugins.mm' or 'kd_plugins.yolo')"
     own = repr(name) if form is DensePredictions else f'{name!r}, form={form.__name__}'
     return DistillError(
-        f'Predictions of {name} cannot be read{because and f": {because}"}. Supported heads: {supported}. For another '
-        f'write a reader and decorate it with @register_reader({own}) of kd_plugins.predictions.'
+        f'Predictions of {name} cannot be read{because and f": {because}"}. Supported heads: {supported}. Distil its '
+        f'features (--kd pkd, kd=pkd), or write a reader: @register_reader({own}) of kd_plugins.predictions.'
     )
 
 

@@ -79,12 +79,16 @@ def report(pair: Pair, trials: Sequence[Trial], width: int = WIDTH) -> str:
     failing = [t for t in trials if not t.fits]
     teacher = type(pair.teacher.model).__name__
     lines = [f'student {type(pair.student).__name__}, teacher {teacher}, {pair.task}', *(f'({n})' for n in pair.notes)]
-    lines += ['', f'{len(fitting)} recipes fit; weight of each term, and the range worth trying:', '']
+    lines += [
+        '',
+        f'fits: {len(fitting)} of {len(trials)} recipes; weight of each term, and what is worth trying:',
+        '',
+    ]
     first = max(map(len, (t.recipe for t in trials)), default=0) + 4
     for trial in fitting:
         lines += _entry(trial.recipe, f'{description(trial.recipe)}: {trial.weights}', first, width)
     if failing:
-        lines += ['', f'{len(failing)} do not:', '']
+        lines += ['', f'does not fit: {len(failing)}', '']
         for trial in failing:
             lines += _entry(trial.recipe, trial.reason, first, width)
     lines += ['']

@@ -40,7 +40,7 @@ def test_a_segmentor_without_a_neck(tmp_path, capsys):
     (tmp_path / 'segmentor.py').write_text(SEGMENTOR)
     text = run(tmp_path / 'segmentor.py', capsys)
     fits, _, other = text.partition('For ')
-    assert '6 recipes fit' in fits and 'backbone 10 (3.3 to 30)' in fits and 'logits 3 (1 to 9)' in fits
+    assert 'fits: 6 of 6 recipes' in fits and 'backbone 10 (3.3 to 30)' in fits and 'logits 3 (1 to 9)' in fits
     assert 'arXiv 1903.04197' in fits and 'random weights' not in fits and 'one like the student' in fits
     assert 'yolo_logit' in other and max(map(len, text.splitlines())) <= 100
 
@@ -74,7 +74,9 @@ def test_weights():
     ramp = build_schedule(dict(type='linear', start=0.0, end=1.0), 'weight')
     weights = dict(a=build_schedule(3, 'weight'), b=ramp)
     assert weights_text(weights, 0.9) == 'a 3 (1 to 9), b 0 -> 1 (linear, 0 to 1 of the run), alpha 0.9'
-    assert others('segmentation')['classification'][0] == 'deit_hard' and 'cwd' not in str(others('segmentation'))
+    assert (
+        others('segmentation')['classification'][0] == 'deit_hard' and 'cwd_norm' in others('segmentation')['detection']
+    )
 
 
 def test_recipes_and_models_are_told_apart(tmp_path, capsys):
