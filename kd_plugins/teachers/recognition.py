@@ -6,6 +6,7 @@ checkpoints. Bare weights are compared with every model of timm.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -132,12 +133,12 @@ def by_shapes(state: Mapping[str, Tensor]) -> list[str]:
             raise _OtherNetwork
 
     found = []
-    handle = register_module_parameter_registration_hook(count)  # type: ignore[no-untyped-call]
+    handle = register_module_parameter_registration_hook(count)
     try:
         with untouched_rng():
             for name in timm.list_models():
                 registered = other = 0
-                net = _sketch(lambda name=name: timm.create_model(name, num_classes=_CLASSES))
+                net = _sketch(functools.partial(timm.create_model, name, num_classes=_CLASSES))
                 if net is not None and _fits(net, state):
                     found.append(name)
     finally:
