@@ -134,7 +134,7 @@ def test_resuming_without_kd_stops(lab, detected, monkeypatch):
         DistillError, match=r'of a distilled run.*default_hooks\.distill=None to go on without'
     ) as error:
         resumed(lab, detected, monkeypatch)
-    assert 'resume it with its own config' in str(error.value)
+    assert 'resume it with the config in its folder' in str(error.value)
 
 
 def test_resuming_without_kd_on_purpose_forgets_its_losses(lab, detected, monkeypatch):
