@@ -36,7 +36,8 @@ class TimmClassifier(BaseModel):
 
     Its state dict has exactly the keys of the timm model: ``checkpoint=`` takes files of timm, and timm's model takes
     the ``state_dict`` in a run's checkpoint. ``default_hooks=dict(checkpoint=dict(published_keys=['state_dict']))``
-    makes MMEngine write it to a file of its own, which ``timm.create_model(name, checkpoint_path=...)`` opens.
+    makes MMEngine write it to a file of its own, which ``timm.create_model(name, checkpoint_path=...)`` opens; a
+    distilled run writes such a file by itself, ``kd_student.pth``.
 
     Students with a distillation token (``deit_*_distilled_*``, ``levit_*``, ``pit_*_distilled_*``, ...) train the mean
     of both heads on the labels, as timm does, until a KD term taps ``'dist_logits'``: then the class head learns from

@@ -61,6 +61,10 @@ class DistillHook(Hook):
     the teacher. Trainable adapters have an optimizer of their own that steps with the student's; they are saved in the
     checkpoint under a key of their own.
 
+    At the end of the training the plain student is written as ``kd_student.pth`` and ``kd_student.py`` beside its
+    checkpoint (the best, or the last), and what came out stands in the log, and as ``kd_summary.txt`` and
+    ``kd_summary.json`` beside it.
+
     Args:
         teacher: ``dict(config=, checkpoint=, classes=None, allow_missing=(), allow_unexpected=())``. ``config`` is a
             file or ``'mmdet::path'``. ``classes`` names its classes when neither checkpoint nor config does. Or a

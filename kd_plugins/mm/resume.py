@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from mmengine.config import Config
@@ -62,13 +62,23 @@ def how_to_resume(checkpoint: Mapping[str, Any]) -> str:
     except Exception:
         hook = {}  # a config of an older form, or one that needs modules that are not here
     teacher = _teacher_words(hook.get('teacher'))
-    recipe = hook.get('recipe')
-    if not recipe or not teacher:
-        return 'resume it with its own config, in which default_hooks.distill is written'
-    words = [str(recipe)] if isinstance(recipe, str) else [str(r) for r in recipe]
-    more = sorted(set(hook) - {'type', 'teacher', 'recipe'})
+    recipes = hook.get('recipe') or []
+    recipes = [recipes] if isinstance(recipes, str) else list(recipes)
+    if not recipes or not all(isinstance(r, str) for r in recipes) or not teacher:
+        return 'resume it with the config in its folder, in which default_hooks.distill is written'
+    options = ' '.join(_pairs(hook.get('options') or {}))
+    more = sorted(set(hook) - {'type', 'teacher', 'recipe', 'options'})
     rest = f' (and its {", ".join(more)})' if more else ''
-    return f'add --kd {" ".join(words)} {teacher}{rest}'
+    return f'add --kd {" ".join(recipes)} {teacher}{f" --kd-options {options}" if options else ""}{rest}'
+
+
+def _pairs(options: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
+    """``key=value`` with dots for what is nested."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _pairs(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}={value}'
 
 
 def _teacher_words(teacher: Any) -> str:

@@ -64,7 +64,8 @@ class DistillCallback:
         model.train(data='coco.yaml', epochs=100)
 
     The student's criterion is replaced for the time of the training by one that adds the KD losses, which appear as
-    ``kdcls_loss`` and ``kdbox_loss`` in the progress bar and results.csv. Nothing of it is in the saved models.
+    ``kdcls_loss`` and ``kdbox_loss`` in the progress bar and results.csv. Nothing of it is in the saved models. What
+    came out stands at the end of the log, and as ``kd_summary.txt`` and ``kd_summary.json`` in the run's folder.
 
     What is pickled of it is its options, so that Ultralytics' processes on several GPUs can receive it.
 

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
+from kd_plugins.mm.configs import remove_distillation
 from tests.integration.lab import LOGITS, Config
 
 MMDET_TRAIN = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
@@ -184,6 +185,6 @@ def test_a_distilled_config_becomes_the_plain_one_again(lab):
     plain = lab.plain()
     for form in (lab.hook_form, lab.model_form):
         config = Config(form(plain, lab.teacher()).to_dict())
-        cli.remove_distillation(config)
+        remove_distillation(config)
         assert config.model.to_dict() == plain.model.to_dict()
         assert config.default_hooks.to_dict() == plain.default_hooks.to_dict()

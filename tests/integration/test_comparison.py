@@ -109,9 +109,10 @@ def test_from_data_to_report(case, command, data, monkeypatch):
     results = json.loads((runs / 'results.json').read_text())['arms']
     assert set(results) == {'teacher', 'plain', 'distilled: logit'}
     assert [r['seed'] for r in results['plain']['runs']] == [0]
-    assert set(results['plain']['runs'][0]) == {'seed', *case.keys, 'seconds', 'size'}
+    assert set(results['plain']['runs'][0]) == {'seed', *case.keys, 'seconds', 'size', 'weights'}
     assert all(0 <= r[k] <= 1 for arm in results.values() for r in arm['runs'] for k in case.keys)
     assert all(r['seconds'] > 0 for arm in results.values() for r in arm['runs'])
+    assert all(Path(r['weights']).is_file() for arm in results.values() for r in arm['runs'])
     assert results['teacher']['parameters'] > results['plain']['parameters']
     # The promise to users: the distilled checkpoint is a plain student's.
     sizes = [r['size'] for name in ('plain', 'distilled: logit') for r in results[name]['runs']]

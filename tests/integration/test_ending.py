@@ -58,6 +58,12 @@ def test_a_detector_opens_in_mmdet(lab, detected):
     assert text.index('Knowledge distillation is ON') < text.index('Knowledge distillation is DONE')
 
 
+def test_the_summary_is_the_last_word_before_the_first_iteration(detected):
+    (log,) = Path(detected.log_dir).glob('*.log')
+    after = log.read_text().partition('Knowledge distillation is ON')[2].splitlines()
+    assert 'Epoch(train) [1][1/4]' in next(line for line in after if ' - mmengine - ' in line)
+
+
 def test_the_model_form_leaves_the_plain_class(lab):
     _, file, _ = left_by(lab.train(lab.model_form(lab.plain(), lab.teacher())))
     assert 'kd_plugins' not in file.read_text() and Config.fromfile(file).model.type == 'YOLOX'
@@ -128,7 +134,7 @@ def test_resuming_without_kd_stops(lab, detected, monkeypatch):
         DistillError, match=r'of a distilled run.*default_hooks\.distill=None to go on without'
     ) as error:
         resumed(lab, detected, monkeypatch)
-    assert 'resume it with its own config' in str(error.value)
+    assert 'resume it with the config in its folder' in str(error.value)
 
 
 def test_resuming_without_kd_on_purpose_forgets_its_losses(lab, detected, monkeypatch):

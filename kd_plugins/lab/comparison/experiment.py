@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from kd_plugins import __version__
+from kd_plugins.distiller.ending import shorter, strict
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
@@ -217,7 +218,7 @@ def compare_all(
 
 
 def _write(folder: Path, results: Mapping[str, Any]) -> None:
-    (folder / 'results.json').write_text(json.dumps(results, indent=1))
+    (folder / 'results.json').write_text(json.dumps(strict(results), indent=1, allow_nan=False))
 
 
 class _Found:
@@ -286,6 +287,7 @@ class _Found:
                 accuracy=experiment.measured(self.tests[name, seed]),
                 seconds=self.histories[name, seed].seconds_per_iteration(),
                 size=self.weights[name, seed].stat().st_size,
+                weights=shorter(self.weights[name, seed]),
             )
             for seed in seeds
         ]
@@ -306,9 +308,9 @@ def _run(experiments: Sequence[Experiment], display: Display) -> list[_Found]:
     return found
 
 
-def _figures(result: Result, metrics: Metrics) -> dict[str, float]:
+def _figures(result: Result, metrics: Metrics) -> dict[str, Any]:
     accuracy = dict(zip(metrics.keys, result.accuracy, strict=True))
-    return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size)
+    return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size, weights=result.weights)
 
 
 def _train(experiments: Sequence[Experiment], display: Display, jobs: int) -> list[dict[Key, Phase]]:

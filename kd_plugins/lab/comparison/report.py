@@ -20,7 +20,7 @@ from kd_plugins.lab.comparison.table import (
     joint_verdicts,
     rows,
     seed_rows,
-    verdict,
+    verdicts,
 )
 
 STYLE = """
@@ -103,7 +103,7 @@ def _section(folder: Path, section: Section) -> list[str]:
     parts += [
         _table(header(metrics, section.step), rows(teacher, plain, distilled)),
         f'<p class="note">{html.escape(section.note)}</p>',
-        *(f'<p>{html.escape(verdict(plain, arm, metrics.main))}</p>' for arm in distilled),
+        *(f'<p>{html.escape(sentence)}</p>' for sentence in verdicts(teacher, plain, distilled, metrics.main)),
     ]
     if len(plain.results) > 1:
         parts += _per_seed(plain, distilled, metrics)

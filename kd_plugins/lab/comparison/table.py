@@ -39,12 +39,14 @@ class Result:
         accuracy: Values in [0, 1], one for each of the `Metrics`.
         seconds: Median seconds of training per step (see `header`); NaN when it was not trained here.
         size: Bytes of its last checkpoint.
+        weights: Where that is.
     """
 
     seed: int
     accuracy: tuple[float, ...]
     seconds: float
     size: int
+    weights: str = ''
 
     @property
     def main(self) -> float:
@@ -155,14 +157,39 @@ def verdict(plain: Arm, arm: Arm, metric: str) -> str:
     )
 
 
+def doubt(teacher: Arm, plain: Arm, metric: str) -> str:
+    """A sentence when the teacher is not better than the plain student; else nothing."""
+    theirs, ours = (mean_and_spread([100 * r.main for r in arm.results])[0] for arm in (teacher, plain))
+    if not theirs <= ours:
+        return ''
+    return (
+        f'The teacher ({theirs:.1f} {metric}) is not better than the plain student ({ours:.1f}): there is little to '
+        'learn from it; train it for longer, or take a better one.'
+    )
+
+
+def verdicts(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metric: str) -> list[str]:
+    """What the table says, in sentences: one for each distilled arm, and before them a `doubt`."""
+    sentences = [doubt(teacher, plain, metric), *(verdict(plain, arm, metric) for arm in distilled)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def files(arms: Sequence[Arm]) -> str:
+    """Where the models are, one line each; of several seeds the first."""
+    found = [(arm.name, arm.results[0].weights) for arm in arms if arm.results and arm.results[0].weights]
+    width = max((len(name) for name, _ in found), default=0)
+    return '\n'.join(f'{name:<{width}}  {weights}' for name, weights in found)
+
+
 def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metrics: Metrics, step: str = 'iter') -> str:
     """The tables as they are printed, with what their figures mean."""
     parts = [render(rows(teacher, plain, distilled), header(metrics, step))]
     if len(plain.results) > 1:
         columns, table = seed_rows(plain, distilled)
         parts.append(f'{metrics.main} per seed (gain over plain with the same seed)\n' + render(table, columns))
-    parts.append('\n'.join(verdict(plain, arm, metrics.main) for arm in distilled))
-    return '\n\n'.join(parts)
+    parts.append('\n'.join(verdicts(teacher, plain, distilled, metrics.main)))
+    parts.append(files([teacher, plain, *distilled]))
+    return '\n\n'.join(filter(None, parts))
 
 
 JOINT = ('', 'model', 'parameters', 'measured', 'gain')
@@ -178,11 +205,11 @@ def joint_rows(groups: Groups) -> list[tuple[str, ...]]:
 
 
 def joint_verdicts(groups: Groups) -> list[str]:
-    """A sentence for each distilled row."""
+    """A sentence for each distilled row, and for each teacher that is not better than the plain student."""
     return [
-        f'{name}, {verdict(plain, arm, metrics.main)}'
-        for name, (metrics, _, plain, distilled) in groups.items()
-        for arm in distilled
+        f'{name}, {sentence}'
+        for name, (metrics, teacher, plain, distilled) in groups.items()
+        for sentence in verdicts(teacher, plain, distilled, metrics.main)
     ]
 
 

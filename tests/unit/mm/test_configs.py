@@ -15,8 +15,8 @@ from kd_plugins.distiller import build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import KLDivLoss
 from kd_plugins.mm import DistillHook, TimmClassifier, configs, distilled
-from kd_plugins.mm.cli import _check_types, _use_amp, remove_distillation
-from kd_plugins.mm.configs import plain_model, without_pretrained
+from kd_plugins.mm.cli import _check_types, _use_amp
+from kd_plugins.mm.configs import plain_model, remove_distillation, without_pretrained
 
 
 @pytest.mark.parametrize('kind', ['kd_plugins.Distilled', 'Distilled', 'kd_plugins.mm.distilled', distilled])

@@ -10,6 +10,7 @@ from kd_plugins.lab.comparison.table import (
     Arm,
     Result,
     header,
+    joint_verdicts,
     mean_and_spread,
     render,
     rows,
@@ -67,3 +68,20 @@ def test_spread_of_one_value_is_unknown():
 def test_columns_are_aligned():
     lines = render([('a', '1'), ('long name', '22')], ('model', 'mAP')).splitlines()
     assert lines == ['model      mAP', '--------------', 'a            1', 'long name   22']
+
+
+def test_a_teacher_that_is_not_better_is_said_so():
+    plain, distilled = arm('plain', 0.2, 0.6), arm('distilled: a', 0.25, 0.6)
+    assert 'not better' not in text(TEACHER, plain, [distilled], BOXES)
+    weak = Arm('teacher', 2_240_000, [Result(0, (0.4, 0.689), math.nan, 36_600_000)])
+    assert 'The teacher (40.0 mAP) is not better than the plain student (40.0)' in text(weak, plain, [distilled], BOXES)
+    (first, _) = joint_verdicts({'digits': (BOXES, weak, plain, [distilled])})
+    assert first.startswith('digits, The teacher')
+
+
+def test_the_files_of_the_models_are_named():
+    plain, distilled = (
+        Arm(name, 1, [Result(0, (0.2, 0.3), 0.1, 1, f'work/{name}/epoch_1.pth')]) for name in ('plain', 'a')
+    )
+    lines = text(TEACHER, plain, [distilled], BOXES).splitlines()
+    assert lines[-2:] == ['plain  work/plain/epoch_1.pth', 'a      work/a/epoch_1.pth']
