@@ -30,7 +30,7 @@ help:
 
 install:
 	@command -v "$(STARTER)" >/dev/null || { \
-	  echo "install: found no Python$(if $(PYTHON), at PYTHON=$(PYTHON)); install Python 3.10, 3.11 or 3.12." >&2; exit 2; }
+	  echo "install: found no Python$(if $(PYTHON), at PYTHON=$(PYTHON)); install Python 3.10 to 3.13." >&2; exit 2; }
 	@"$(STARTER)" tools/install.py --venv "$(VENV)" $(if $(PYTHON),--exact)
 
 demo: install
