@@ -33,7 +33,7 @@ def code(value: Any) -> str:
 
 def layout(text: str) -> str:
     """The same config, laid out by yapf as MMEngine's own dumps are; comments stay."""
-    from yapf.yapflib.yapf_api import FormatCode  # type: ignore[import-untyped]
+    from yapf.yapflib.yapf_api import FormatCode
 
     style = dict(based_on_style='pep8', column_limit=WIDTH, split_before_expression_after_opening_paren=True)
     made: str = FormatCode(re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', style_config=style)[0]
