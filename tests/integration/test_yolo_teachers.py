@@ -361,4 +361,4 @@ def test_missing_framework_is_named(package, teacher):
         f'try:\n    find_source({teacher!r})\nexcept ValueError as error:\n    print(error)'
     )
     text = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout
-    assert f'needs {package!r}, which is not installed: pip install' in text
+    assert f'needs {package!r}, which is not installed; ' in text
