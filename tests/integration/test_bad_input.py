@@ -551,7 +551,7 @@ COMMANDS = [
     ('{config} ' + KD.replace('yolo_logit', '{files}/no_model.py'), ("'optimizer'", 'recipe')),
     (
         '{config} --kd yolo_logit --teacher a.pt --teacher-checkpoint b.pth',
-        ('--teacher-checkpoint', '.pt of Ultralytics'),
+        ('--teacher-checkpoint', "'a.pt' holds weights itself"),
     ),
     ('{config} --kd yolo_logit --teacher {files}/none.pt', ('none.pt', 'does not exist')),
     ('{config} --teacher {files}/none.pt', ('--kd is missing',)),

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _is_model(name: str) -> bool:
     """Whether a word names a model; the other files and names are recipes."""
-    if is_name(name):
+    if is_name(name) or (name.startswith('kd_plugins::') and name.endswith(YAML_SUFFIXES)):
         return False
     if not name.endswith(YAML_SUFFIXES) or not Path(name).is_file():
         return True
