@@ -30,11 +30,12 @@ TOUR = {
 }
 NEXT = """
 next, with your own data (add --help to any of them):
-  python tools/train.py my_config.py --kd yolo_logit --teacher big.py --teacher-checkpoint big.pth     # MMEngine
-  yolo-kd train model=small.yaml data=mine.yaml kd=logit_box kd_teacher=big.pt                         # Ultralytics
-  kd-plugins recipes                                                        # the methods that are ready to use
-  python tools/compare.py --teacher big.py --teacher-checkpoint big.pth --student my_config.py --kd yolo_logit
-  kd-plugins demo --all                     # MMDetection and MMSegmentation too, and longer trainings: about an hour
+  kd-plugins recipes my_config.py --teacher big.py       # what fits; or my.yaml --teacher big.pt
+  kd-plugins train my_config.py --kd yolo_logit --teacher big.py --teacher-checkpoint big.pth
+  kd-plugins train --model resnet18 --data my_images --teacher model_best.pth.tar
+  yolo-kd train model=small.yaml data=mine.yaml kd_teacher=big.pt
+  kd-plugins compare --help                              # plain and distilled over seeds, as here
+  kd-plugins demo --all                                  # MMDetection and MMSegmentation too, much longer
 """.rstrip()
 
 
@@ -54,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        '--all', action='store_true', help='all parts, with longer trainings: about an hour of two cores'
-    )
+    which.add_argument('--all', action='store_true', help='all parts, with longer trainings')
     which.add_argument('--zoo', nargs='+', choices=ZOOS, default=[], help='only these parts, with longer trainings')
     parser.add_argument(
         '--work-dir', default='work_dirs/demo', help='where runs and reports go; finished runs are kept'
