@@ -24,7 +24,7 @@ from kd_plugins.mm.recipes import read_python
 from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.mm.starter import images
 from kd_plugins.recipes import TASKS, find_recipe
-from kd_plugins.recipes.options import check_names, load_recipes, read_words, recipe_list
+from kd_plugins.recipes.options import check_names, possible, read_words, recipe_list
 from kd_plugins.teachers.recognition import SUFFIXES
 from kd_plugins.type_names import type_name
 
@@ -301,23 +301,12 @@ def add_distillation(
     if words:
         options = {**options, 'options': read_words(words)}
         # What no task has need not wait for the model.
-        check_names(_bodies(found, source, options['options']), options['options'], _loss_parameters, '--kd-options')
+        changes = options['options']
+        bodies = [{**body, 'teacher': source} for body in possible(found, TASKS, '--kd', changes)]
+        check_names(bodies, changes, _loss_parameters, '--kd-options')
     hook = dict(type='kd_plugins.DistillHook', teacher=source, **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
-
-
-def _bodies(recipes: Sequence[Any], teacher: Mapping[str, Any], given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What recipes may stand for, of which the model's task decides."""
-    found, first = [], None
-    for task in TASKS:
-        try:
-            found.append({**load_recipes(recipes, task, '--kd', given), 'teacher': teacher})
-        except DistillError as error:
-            first = first or error
-    if not found and first is not None:
-        raise first
-    return found
 
 
 def _loss_parameters(loss: Mapping[str, Any]) -> Collection[str] | None:

@@ -197,6 +197,32 @@ def load_recipes(recipe: Any, task: str, where: str = 'recipe', given: Collectio
     return merged
 
 
+def possible(recipe: Any, tasks: Iterable[str], where: str, given: Collection[str] = ()) -> list[dict[str, Any]]:
+    """What recipes may stand for while the task of the student is not known, see `load_recipes`.
+
+    Args:
+        recipe: See `recipe_list`.
+        tasks: Those that may be meant.
+        where: The option it came from, for error messages.
+        given: See `load_recipes`.
+
+    Returns:
+        A body for each task that the recipes are for.
+
+    Raises:
+        DistillError: They are for none.
+    """
+    found, first = [], None
+    for task in tasks:
+        try:
+            found.append(load_recipes(recipe, task, where, given))
+        except DistillError as error:
+            first = first or error
+    if not found and first is not None:
+        raise first
+    return found
+
+
 def _short(recipe: str | os.PathLike[str]) -> str:
     return os.fspath(recipe) if is_name(recipe) else Path(recipe).stem
 

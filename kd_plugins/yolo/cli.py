@@ -27,7 +27,7 @@ from typing import Any
 from kd_plugins import __version__, autoload
 from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, nearest
-from kd_plugins.recipes.options import check_names, complete, load_recipes, read_value, read_words
+from kd_plugins.recipes.options import check_names, complete, possible, read_value, read_words
 from kd_plugins.yolo.callback import EVENTS, DistillCallback, check_installed, check_version
 from kd_plugins.yolo.options import HOW, DistillOptions
 from kd_plugins.yolo.recipe import read_recipe, recipe_of_run
@@ -124,17 +124,11 @@ def _check_changes(values: Mapping[str, Any]) -> None:
     changes = values.get('options')
     if not isinstance(changes, Mapping) or not values.get('recipe') or values.get('imports'):
         return
-    bodies, first = [], None
-    for task in ('detection', 'classification'):
-        try:
-            body = load_recipes(values['recipe'], task, RECIPE, {*values, *changes})
-            terms = complete(body['terms'], values.get('terms') or {})
-            short = {n: {'loss': {}} for n in HOW if values.get(n) is not None}
-            bodies.append({**body, 'terms': {**short, **terms}, 'teacher': {}})
-        except DistillError as error:
-            first = first or error
-    if not bodies and first is not None:
-        raise first
+    short = {n: {'loss': {}} for n in HOW if values.get(n) is not None}
+    bodies = [
+        {**body, 'terms': {**short, **complete(body['terms'], values.get('terms') or {})}, 'teacher': {}}
+        for body in possible(values['recipe'], ('detection', 'classification'), RECIPE, {*values, *changes})
+    ]
     check_names(bodies, changes, loss_parameters(), f'{RECIPE} options')
 
 
