@@ -59,3 +59,14 @@ def seg_lab(labs):
 def cls_lab(labs):
     """That of classifiers."""
     return labs('classification')
+
+
+@pytest.fixture
+def runners(monkeypatch):
+    """The runners that a command in this process trained."""
+    from mmengine.runner import Runner
+
+    found = []
+    train = Runner.train
+    monkeypatch.setattr(Runner, 'train', lambda self: found.append(self) or train(self))
+    return found

@@ -18,15 +18,6 @@ from tests.integration.lab import LOGITS, Config
 MMDET_TRAIN = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
 
 
-@pytest.fixture
-def runners(monkeypatch):
-    """The runners that a command in this process trained."""
-    found = []
-    train = Runner.train
-    monkeypatch.setattr(Runner, 'train', lambda self: found.append(self) or train(self))
-    return found
-
-
 def logged(runner):
     """Names of what was logged."""
     return {k.removeprefix('train/') for k in runner.message_hub.log_scalars}

@@ -6,20 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from kd_plugins.cli import main
 from kd_plugins.mm import cli
 from tests.integration.lab import session_of
-
-
-@pytest.fixture
-def runners(monkeypatch):
-    """The runners that a command in this process trained."""
-    found = []
-    train = Runner.train
-    monkeypatch.setattr(Runner, 'train', lambda self: found.append(self) or train(self))
-    return found
 
 
 def trained(path, runners, *words):
