@@ -153,7 +153,7 @@ class TimmClassifier(BaseModel):
         if mode == 'tensor':
             return logits
         if mode == 'loss':
-            return dict(loss_cls=self.criterion(logits, class_labels(inputs, data_samples)))
+            return dict(loss_cls=self.criterion(logits, class_labels(data_samples).to(inputs.device)))
         samples = [ClassSample() for _ in inputs] if data_samples is None else data_samples
         scores = dict(pred_score=logits)
         if heads is not None:

@@ -41,16 +41,13 @@ class ClassSample(BaseDataElement):
     )
 
 
-def class_labels(inputs: Tensor, samples: Sequence[Any] | None) -> Tensor:
+def class_labels(samples: Sequence[Any]) -> Tensor:
     """Labels of a batch of images.
 
     Args:
-        inputs: ``(B, C, H, W)`` the processed batch.
-        samples: Its `ClassSample`; None: every image is of class 0, for a dry run.
+        samples: Its `ClassSample`.
 
     Returns:
         ``(B,)`` int64 classes; ``(B, num_classes)`` where they were mixed, or where an image has any number of them.
     """
-    if samples is None:
-        return inputs.new_zeros(len(inputs), dtype=torch.long)
-    return torch.stack([s.gt_score if 'gt_score' in s else s.gt_label for s in samples]).to(inputs.device)
+    return torch.stack([s.gt_score if 'gt_score' in s else s.gt_label for s in samples])

@@ -5,7 +5,7 @@ from kd_plugins import registry  # noqa: F401  # isort: skip
 from kd_plugins.classification import datasets, metrics  # noqa: F401  (register them)
 from kd_plugins.classification.classifier import TimmClassifier
 from kd_plugins.classification.preprocessor import ClassifierPreprocessor
-from kd_plugins.mm import heads, segmentation_heads  # noqa: F401  (register the head readers)
+from kd_plugins.mm import classification_heads, heads, segmentation_heads  # noqa: F401  (register the head readers)
 from kd_plugins.mm.distilled import distilled
 from kd_plugins.mm.hook import DistillHook
 

@@ -38,7 +38,6 @@ from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
 from kd_plugins.mm.resume import STATE, forget
-from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
 from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
@@ -143,7 +142,7 @@ class DistillHook(Hook):
         # First: that a head predicts no classes explains why their numbers differ.
         self.session.check_heads()
         # Of data sets whose classes are not compared any will do, several that disagree as well.
-        compared = host.task is CLASSIFICATION or any(map(self.session.by_class, self.session.teachers))
+        compared = host.task.name == 'classification' or any(map(self.session.by_class, self.session.teachers))
         names = _dataset_classes(runner) if compared else None
         _refuse_data_set(runner, model, names)
         classes = match_teachers(self.session, names, options, num_classes(model))

@@ -12,6 +12,29 @@ from torch import Tensor
 PADDING = 255
 
 
+def image_labels(inputs: Tensor, samples: Sequence[Any] | None) -> Tensor | None:
+    """Labels of whole images, of ours or of another classifier's samples (``gt_label``, ``gt_score``).
+
+    Args:
+        inputs: ``(B, C, H, W)`` the processed batch.
+        samples: Its data samples; None: every image is of class 0, for a dry run.
+
+    Returns:
+        ``(B,)`` int64 classes; ``(B, num_classes)`` where they were mixed, or where an image has any number of them.
+        None where samples have no such labels (several tasks), or list classes without saying how many there are.
+    """
+    if samples is None:
+        return inputs.new_zeros(len(inputs), dtype=torch.long)
+    found = [sample.get('gt_score', sample.get('gt_label')) for sample in samples]
+    if not found or any(label is None for label in found):
+        return None
+    # mmpretrain has a class in a list of one.
+    found = [label if label.is_floating_point() or label.numel() != 1 else label.reshape(()) for label in found]
+    if len({label.shape for label in found}) > 1 or (found[0].dim() and not found[0].is_floating_point()):
+        return None
+    return torch.stack(found).to(inputs.device)
+
+
 def labels(inputs: Any, samples: Sequence[Any] | None) -> Tensor | None:
     """Label maps of a batch.
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins.classification.sample import class_labels
-from kd_plugins.mm.targets import labels
-from kd_plugins.predictions import ClassLogits
+from kd_plugins.mm.targets import image_labels, labels
+from kd_plugins.predictions import ClassPredictions, registered
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,10 @@ class Task:
     sized_by: str = "dict(type='Resize', scale=(width, height), keep_ratio=False) in the pipeline"
     metrics: tuple[str, ...] = ('mAP',)
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether a model is one of these."""
+        return isinstance(getattr(model, self.head, None), nn.Module)
+
     def size(self, model: nn.Module) -> tuple[int, int] | None:
         """``(height, width)`` of all images that a model is given; None: batches have any size."""
         return None
@@ -43,7 +46,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Classes of whole images, through a `ClassLogits`."""
+    """Classes of whole images."""
+
+    def fits(self, model: nn.Module) -> bool:
+        # Others have a head of that name too; of several tasks, one that classifies is enough.
+        head = getattr(model, self.head, None)
+        return isinstance(head, nn.Module) and any(registered(m, ClassPredictions) for m in head.modules())
 
     def size(self, model: nn.Module) -> tuple[int, int] | None:
         return getattr(getattr(model, 'data_preprocessor', None), 'size', None)
@@ -54,11 +62,14 @@ class Classification(Task):
             model.separate_heads = 'dist_logits' in modules
 
 
+#: A network in ``net``, whose logits pass a `ClassLogits`.
 CLASSIFICATION = Classification(
-    'classification', 'classifier', 'logits', class_labels, 'model.input_size', ('top1', 'mAP')
+    'classification', 'classifier', 'logits', image_labels, 'model.input_size', ('top1', 'mAP')
 )
-#: In this order: a detector may have a semantic branch besides.
-DENSE = (
+#: In this order: a detector may have a semantic branch besides. The second is a backbone with a head (mmpretrain).
+TASKS = (
+    CLASSIFICATION,
+    Classification('classification', 'classifier', 'head', image_labels, metrics=('top1', 'mAP')),
     Task('detection', 'detector', 'bbox_head', labels),
     Task('segmentation', 'segmentor', 'decode_head', labels, 'data_preprocessor.size', metrics=('mIoU',)),
 )
@@ -68,6 +79,4 @@ OTHER = Task('detection', 'model', '', labels)
 
 def task_of(model: nn.Module) -> Task:
     """The kind of a model."""
-    if isinstance(getattr(model, 'logits', None), ClassLogits):
-        return CLASSIFICATION
-    return next((task for task in DENSE if isinstance(getattr(model, task.head, None), nn.Module)), OTHER)
+    return next((task for task in TASKS if task.fits(model)), OTHER)

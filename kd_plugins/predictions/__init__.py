@@ -13,6 +13,7 @@ from kd_plugins.predictions.readers import (
     readable,
     register_reader,
     register_unreadable,
+    registered,
     supported_heads,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     'readable',
     'register_reader',
     'register_unreadable',
+    'registered',
     'supported_heads',
 ]

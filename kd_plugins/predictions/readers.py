@@ -110,8 +110,7 @@ def find_reader(head: nn.Module, form: type[Form] = DensePredictions) -> Reader:
             if own:
                 override = f'{cls.__name__}.{own[0]}'
     for other in forms():
-        table = _readers.get(other, {})
-        if other is not form and any(_lookup(table, cls) is not None for cls in type(head).__mro__):
+        if other is not form and registered(head, other):
             raise DistillError(
                 f'Predictions of {name} cannot be read: it is a {other.head} head, but this loss compares {form.head} '
                 f'heads; take a loss for {other.head}, or tap features.'
@@ -126,6 +125,11 @@ def readable(head: nn.Module, form: type[Form] = DensePredictions) -> bool:
     except DistillError:
         return False
     return True
+
+
+def registered(head: nn.Module, form: type[Form]) -> bool:
+    """Whether a module is a head of this form: it, or a class it inherits from, has a reader, whether it fits or not."""
+    return any(_lookup(_readers.get(form, {}), cls) is not None for cls in type(head).__mro__)
 
 
 def known_head(head: nn.Module) -> bool:

@@ -22,7 +22,6 @@ from kd_plugins.mm.configs import load_config
 from kd_plugins.mm.example import grey_batch
 from kd_plugins.mm.host import MMHost, find_in_registries
 from kd_plugins.mm.inputs import student_format
-from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import build_architecture, dataset_classes, num_classes
 from kd_plugins.teachers.run import RunOptions, load_teachers
 
@@ -80,7 +79,7 @@ def open_pair(student: str, teacher: str | None, checkpoint: str | None, folder:
 
 def _batch(model: nn.Module, images: int) -> tuple[Tensor, None]:
     found = grey_batch(model, None, torch.device('cpu'), images)
-    return found if MMHost(model).task is CLASSIFICATION else found[..., :SIDE, :SIDE], None
+    return found if MMHost(model).task.name == 'classification' else found[..., :SIDE, :SIDE], None
 
 
 def _built(config: Any) -> tuple[nn.Module, Any]:
