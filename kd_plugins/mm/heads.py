@@ -1,8 +1,9 @@
-"""mmdet's dense heads, read into :class:`~kd_plugins.predictions.DensePredictions`.
+"""mmdet's and mmrotate's dense heads, read into :class:`~kd_plugins.predictions.DensePredictions`.
 
 Registered by name, so importing this module imports no framework; coders and prior generators are used through
-the head. What a head's numbers mean was taken from mmdet 3.3 / OneDL mmdetection 3.5 and is tested against each
-head's own ``predict_by_feat``. All decoding is in float32 and differentiable.
+the head. What a head's numbers mean was taken from mmdet 3.3 / OneDL mmdetection 3.5 and OneDL mmrotate 1.2, and is
+tested against each head's own ``predict_by_feat``. All decoding is in float32 and differentiable. Of rotated boxes the
+four sides are read, in the coding of the head; their angles are not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import DensePredictions, register_reader
+from kd_plugins.predictions.dense import ROTATED
 
 Maps = Sequence[Tensor]  # one (B, channels, h, w) map per level
+#: What a rotated head says of the fields it leaves None, and what no term teaches.
+UNREAD: dict[str, Any] = dict(absent={'ltrb': 'its boxes are rotated'}, unread=('angles',))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class Grid:
         order: Index of every level in the head's own order (YOLOv3 goes from coarse to fine).
         sizes: ``(h, w)`` of every level.
         strides: Stride of every level in pixels.
-        priors: ``(A, 2)`` points or ``(A, 4)`` anchor boxes, in pixels, float32.
+        priors: ``(A, 2)`` points, ``(A, 4)`` anchor boxes or ``(A, 5)`` rotated ones, in pixels, float32.
         num_priors: Priors per location.
         centers: ``(A, 2)`` points, or the anchors' centres.
         stride_of: ``(A, 1)`` stride of every position.
@@ -130,6 +134,43 @@ def read_fcos(head: nn.Module, outputs: Any, *, training: bool) -> DensePredicti
     )
 
 
+@register_reader('mmrotate.RotatedRTMDetHead')
+@register_reader('mmrotate.RotatedRTMDetSepBNHead')
+def read_rotated_rtmdet(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
+    """(cls, distances in pixels along the axes of the box, angles)."""
+    scores, distances, _ = outputs
+    _need_coder(head, 'DistanceAnglePointCoder')
+    grid = _grid(head, scores)
+    return _predictions(
+        grid,
+        cls=grid.flatten(scores, head.cls_out_channels),
+        activation=_activation(head),
+        box=grid.flatten(distances, 4) / grid.stride_of,
+        box_coding=ROTATED,
+        **UNREAD,
+    )
+
+
+@register_reader('mmrotate.RotatedFCOSHead')
+def read_rotated_fcos(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
+    """(cls, distances along the axes of the box, angles, centerness); units as in `read_fcos`."""
+    scores, distances, _, centerness = outputs
+    _need_coder(head, 'DistanceAnglePointCoder')
+    grid = _grid(head, scores)
+    box = grid.flatten(distances, 4)
+    in_strides = head.norm_on_bbox and training
+    return _predictions(
+        grid,
+        cls=grid.flatten(scores, head.cls_out_channels),
+        activation=_activation(head),
+        obj=grid.flatten(centerness, 1),
+        obj_coding='centerness',
+        box=box if in_strides else box / grid.stride_of,
+        box_coding=ROTATED,
+        **UNREAD,
+    )
+
+
 @register_reader('mmdet.GFLHead')
 def read_gfl(head: nn.Module, outputs: Any, *, training: bool) -> DensePredictions:
     """(cls joint with quality, bin logits of the four distances); a distance is the bins' expectation."""
@@ -168,22 +209,30 @@ def read_anchor_deltas(head: nn.Module, outputs: Any, *, training: bool) -> Dens
     """(cls, deltas on anchors) and, from ATSS, centerness. Decoded by the head's own coder, without clipping."""
     scores, deltas, *centerness = outputs
     coder = head.bbox_coder
-    _need_coder(head, 'DeltaXYWHBBoxCoder', 'DeltaXYWHBBoxCoderForGLIP', 'LegacyDeltaXYWHBBoxCoder', 'TBLRBBoxCoder')
+    _need_coder(head, *_UPRIGHT, *_ROTATED)
     grid = _grid(head, scores)
-    box = grid.flatten(deltas, 4)
-    # The coders take one image's flat list; a batch goes through as one long list.
-    anchors = grid.priors.expand(box.shape[0], -1, -1).reshape(-1, 4)
-    decoded = _tensor(coder.decode(anchors.to(box), box.reshape(-1, 4))).view_as(box)
+    if type(coder).__name__ in _ROTATED:
+        box, more = grid.flatten(deltas, 5)[..., :4], UNREAD
+    else:
+        box = grid.flatten(deltas, 4)
+        # The coders take one image's flat list; a batch goes through as one long list.
+        anchors = grid.priors.expand(box.shape[0], -1, -1).reshape(-1, 4)
+        more = dict(ltrb=grid.ltrb(_tensor(coder.decode(anchors.to(box), box.reshape(-1, 4))).view_as(box)))
     return _predictions(
         grid,
         cls=grid.flatten(scores, head.cls_out_channels),
         activation=_activation(head),
         obj=grid.flatten(centerness[0], 1) if centerness else None,
         obj_coding='centerness',
-        ltrb=grid.ltrb(decoded),
         box=box,
         box_coding=f'{_coder_settings(coder)} on {_anchor_settings(head)}',
+        **more,
     )
+
+
+#: Coders of deltas on anchors: of upright boxes, and of rotated ones, whose fifth delta is the angle's.
+_UPRIGHT = ('DeltaXYWHBBoxCoder', 'DeltaXYWHBBoxCoderForGLIP', 'LegacyDeltaXYWHBBoxCoder', 'TBLRBBoxCoder')
+_ROTATED = ('DeltaXYWHTRBBoxCoder', 'DeltaXYWHTHBBoxCoder')
 
 
 def _predictions(grid: Grid, **fields: Any) -> DensePredictions:
@@ -236,7 +285,8 @@ def _make_grid(
             strides=tuple(strides[i] for i in order),
             priors=priors,
             num_priors=counts[0],
-            centers=priors if priors.shape[-1] == 2 else (priors[:, :2] + priors[:, 2:]) / 2,
+            # Points, and rotated boxes, begin with their centre.
+            centers=(priors[:, :2] + priors[:, 2:]) / 2 if priors.shape[-1] == 4 else priors[:, :2],
             stride_of=torch.cat([priors.new_full((n, 1), strides[i]) for n, i in zip(lengths, order, strict=True)]),
         )
 

@@ -20,6 +20,8 @@ from kd_plugins.predictions.form import Classes, Form, refuse_activation
 
 ACTIVATIONS = ('sigmoid', 'softmax', 'probability')
 FIELDS = ('cls', 'obj', 'ltrb', 'dist', 'box', 'coefficients')  # the prediction tensors, (B, A, ...)
+#: What ``box`` of an oriented head means; two of them are comparable, with ``ltrb`` of an upright head they are not.
+ROTATED = 'distances to the sides of the box, along its own rotated axes, in strides'
 _FLOOR = 1e-6  # probabilities are kept this far from 0 and 1 when they are turned into logits
 
 

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from kd_plugins.errors import DistillError
 from kd_plugins.predictions import ClassPredictions, DensePredictions, MaskPredictions, readable, register_reader
+from kd_plugins.predictions.dense import ROTATED
 
 BRANCHES = ('one2many', 'one2one')
-
-#: What ``box`` of an oriented head means; two of them are comparable, with ``ltrb`` of an upright head they are not.
-ROTATED = 'distances to the sides of the box, along its own rotated axes, in strides'
 
 SUPPORTED = (
     'detect, segment, pose and obb models (YOLOv5u, v8, v9, v10, 11, 12 and 26, with any pyramid levels) and classify '
