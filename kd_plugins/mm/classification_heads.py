@@ -52,6 +52,6 @@ def _one(head: nn.Module, outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     raise DistillError(
-        f'{type(head).__name__} returned {type(outputs).__name__} instead of class logits (B, C); write a reader for it: '
-        f'@register_reader({type(head).__name__!r}, form=ClassPredictions) of kd_plugins.predictions.'
+        f'{type(head).__name__} returned {type(outputs).__name__} instead of class logits (B, C); write a reader for '
+        f'it: @register_reader({type(head).__name__!r}, form=ClassPredictions) of kd_plugins.predictions.'
     )

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import get_object_from_string
 
-from kd_plugins import losses
 from kd_plugins import registry as ours
 from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, check_keys, nearest
@@ -25,12 +24,8 @@ from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.mm.starter import images
 from kd_plugins.recipes import TASKS, find_recipe
 from kd_plugins.recipes.options import check_names, possible, read_words, recipe_list
-from kd_plugins.teachers.recognition import SUFFIXES
+from kd_plugins.teachers.sources import of_file
 from kd_plugins.type_names import type_name
-
-EXPORTED = ('.pt2', '.torchscript')
-#: Files that hold a whole model, or weights that tell whose they are.
-WITH_WEIGHTS = ('.pt', *EXPORTED, *SUFFIXES)
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -146,7 +141,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     if args.kd_options and not args.kd:
         raise DistillError('--kd-options changes the recipe of --kd, which is missing; name one, e.g. --kd cwd.')
     given = {'--kd': args.kd, '--teacher': args.teacher, '--teacher-checkpoint': args.teacher_checkpoint}
-    if str(args.teacher).endswith(WITH_WEIGHTS):
+    if of_file(str(args.teacher)) is not None:
         del given['--teacher-checkpoint']
     missing = [option for option, value in given.items() if not value]
     if not missing:
@@ -303,16 +298,11 @@ def add_distillation(
         # What no task has need not wait for the model.
         changes = options['options']
         bodies = [{**body, 'teacher': source} for body in possible(found, TASKS, '--kd', changes)]
-        check_names(bodies, changes, _loss_parameters, '--kd-options')
+        # MMEngine's registries are not asked: the config's own imports are not done.
+        check_names(bodies, changes, loss_parameters(), '--kd-options')
     hook = dict(type='kd_plugins.DistillHook', teacher=source, **options)
     config.default_hooks = {**(config.get('default_hooks') or {}), 'distill': hook}
     _import_ourselves(config)
-
-
-def _loss_parameters(loss: Mapping[str, Any]) -> Collection[str] | None:
-    # Those of MMEngine's registries are known when the config's own imports were done.
-    name = type_name(loss.get('type')).removeprefix('kd_plugins.')
-    return loss_parameters()(loss) if hasattr(losses, name) else None
 
 
 def teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
@@ -321,16 +311,13 @@ def teacher_source(teacher: str, checkpoint: str | None) -> dict[str, Any]:
     Raises:
         DistillError: It names no model.
     """
-    if teacher.endswith(WITH_WEIGHTS) and checkpoint:
+    file = of_file(teacher)
+    if file is not None and checkpoint:
         raise DistillError(
             f'--teacher-checkpoint belongs to the config or the name of a teacher; {teacher!r} holds weights itself.'
         )
-    if teacher.endswith(EXPORTED):
-        return dict(exported=teacher)
-    if teacher.endswith('.pt'):
-        return dict(ultralytics=teacher)
-    if teacher.endswith(WITH_WEIGHTS):
-        return dict(checkpoint=teacher)
+    if file is not None:
+        return file
     zoo, separator, name = teacher.partition('::')
     if separator and zoo in ('timm', 'torchvision'):
         return {zoo: name, 'checkpoint': checkpoint}

@@ -128,7 +128,7 @@ def readable(head: nn.Module, form: type[Form] = DensePredictions) -> bool:
 
 
 def registered(head: nn.Module, form: type[Form]) -> bool:
-    """Whether a module is a head of this form: it, or a class it inherits from, has a reader, whether it fits or not."""
+    """Whether a module is a head of this form: its class, or one it inherits from, has a reader, even if overridden."""
     return any(_lookup(_readers.get(form, {}), cls) is not None for cls in type(head).__mro__)
 
 

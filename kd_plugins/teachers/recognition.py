@@ -21,8 +21,6 @@ from kd_plugins.teachers.checkpoints import find_file, find_weights, load_checkp
 from kd_plugins.teachers.classifier import OPTIONS
 from kd_plugins.teachers.network import import_timm
 
-#: Files of weights, which say more or less of their network.
-SUFFIXES = ('.pth', '.pth.tar', '.tar', '.safetensors', '.bin')
 #: What may be said of a checkpoint whose network is not named.
 KEYS = (*OPTIONS, 'options', 'allow_missing', 'allow_unexpected', 'input_scale', 'pixel_format')
 #: As many classes as no file has, so that a network's classifier is known by its shapes.

@@ -42,6 +42,19 @@ register_teacher('config', 'kd_plugins.mm.source', "dict(config='mmdet::...', ch
 register_teacher('ultralytics', 'kd_plugins.yolo.source', "dict(ultralytics='x.pt')")
 
 
+#: Exported programs, and files of weights, which say more or less of their network.
+EXPORTED = ('.pt2', '.torchscript')
+WEIGHTS = ('.pth', '.pth.tar', '.tar', '.safetensors', '.bin')
+
+
+def of_file(path: str) -> dict[str, str] | None:
+    """The ``teacher`` mapping of a bare file that holds a whole model or weights; None: its name does not end so."""
+    for endings, key in ((EXPORTED, 'exported'), (WEIGHTS, 'checkpoint'), ('.pt', 'ultralytics')):
+        if path.endswith(endings):
+            return {key: path}
+    return None
+
+
 def teacher_kind(cfg: Any) -> str | None:
     """The key of a ``teacher`` mapping that says what kind it is; None when there is none.
 

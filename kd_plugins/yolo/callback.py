@@ -276,7 +276,10 @@ def _found(options: DistillOptions) -> DistillOptions:
     def found(name: str, source: dict[str, Any]) -> Any:
         given = options.teacher if not name else options.teachers[name]
         checked = find_source(source)
-        if not isinstance(given, Mapping) or set(given) == {'ultralytics'}:
+        if not isinstance(given, Mapping):
+            # A bare file stays one.
+            return next(checked[key] for key, value in source.items() if value == given)
+        if set(given) == {'ultralytics'}:
             return checked['ultralytics']
         # What was written beside the teacher stays there.
         return {k: v for k, v in checked.items() if k in given}

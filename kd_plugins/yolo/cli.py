@@ -114,7 +114,7 @@ def choose(overrides: dict[str, Any], given: dict[str, Any]) -> DistillOptions |
     if recipe is not None:
         _check_changes(values)
     if values.get('teacher') is None:
-        raise DistillError('kd_teacher is missing, the .pt file of the teacher: e.g. kd_teacher=yolo11x.pt.')
+        raise DistillError('kd_teacher is missing, the file of the teacher: e.g. kd_teacher=yolo11x.pt.')
     with prefixed(given):
         return DistillOptions(**values)
 

@@ -13,6 +13,7 @@ from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.run import RunOptions, check_alpha, check_class_map
+from kd_plugins.teachers.sources import of_file
 
 BRANCH_CHOICES = ('one2many', 'one2one', 'both')
 
@@ -59,7 +60,8 @@ class DistillOptions:
     KD losses of detect, segment, pose and obb are multiplied by the batch size, as all losses of these tasks are.
 
     Attributes:
-        teacher: The teacher's ``.pt`` file, or the name of an official model; or a model of another framework:
+        teacher: The teacher's ``.pt`` file, or the name of an official model; for classifiers a checkpoint that tells
+            its network (``x.pth.tar``), or an exported ``.pt2``; or a model of another framework:
             ``dict(config='mmdet::...', checkpoint='x.pth')``, ``dict(timm='resnet50', checkpoint='x.pth')``.
         teachers: Several of them by name, ``{big: x.pt, small: m.pt}``; ``terms`` say ``teacher: 'big:head'``.
         terms: What is distilled, in full: ``{name: {loss: {type: ...}, student: tap, teacher: tap, adapter: auto,
@@ -223,7 +225,7 @@ class DistillOptions:
             raise DistillError(f'{where} must be a mapping of options, got {values!r}.')
         check_keys([str(k) for k in values], cls.names(), where)
         if values.get('teacher') is None and values.get('teachers') is None:
-            raise DistillError(f"{where} needs 'teacher': the .pt file of the teacher.")
+            raise DistillError(f"{where} needs 'teacher': the file of the teacher, e.g. yolo11x.pt.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +241,7 @@ class DistillOptions:
         given = {'': self.teacher} if self.teachers is None else self.teachers
         found = {}
         for name, teacher in given.items():
-            source = dict(teacher) if isinstance(teacher, Mapping) else {'ultralytics': teacher}
+            source = dict(teacher) if isinstance(teacher, Mapping) else of_file(teacher) or {'ultralytics': teacher}
             if 'ultralytics' in source:
                 source.setdefault('trusted', self.trusted)
             if self.classes is not None:

@@ -29,12 +29,13 @@ from kd_plugins.errors import DistillError
 from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
 from kd_plugins.lab.benchmark.measure import Moment
 from kd_plugins.lab.benchmark.mm.batches import CLASSIFICATION, DETECTION, Batch, Detections, Labels, find_kind
-from kd_plugins.mm.cli import WITH_WEIGHTS, _use_amp, add_distillation
+from kd_plugins.mm.cli import _use_amp, add_distillation
 from kd_plugins.mm.configs import load_config, remove_distillation, without_pretrained
 from kd_plugins.mm.hook import DistillHook
 from kd_plugins.mm.teacher import build_architecture
 from kd_plugins.teachers import from_torchvision
 from kd_plugins.teachers.network import create_network
+from kd_plugins.teachers.sources import of_file
 
 
 class _Attached(EpochBasedTrainLoop):
@@ -163,12 +164,12 @@ class MMPair(Pair):
     @property
     def setup(self) -> dict[str, Any]:
         """As for every benchmark, with the weights in words."""
-        given = self.teacher if self.teacher.endswith(WITH_WEIGHTS) else 'random weights'
+        given = self.teacher if of_file(self.teacher) else 'random weights'
         return {**super().setup, 'checkpoint': self.checkpoint or given}
 
     def _weights(self, folder: Path) -> str | None:
         path = folder / 'teacher.pth'
-        if self.checkpoint is not None or self.teacher.endswith(WITH_WEIGHTS):
+        if self.checkpoint is not None or of_file(self.teacher):
             return self.checkpoint
         if not path.is_file():
             random_teacher(self.teacher, self.kind.number, path)
