@@ -18,7 +18,7 @@ from mmengine.utils import get_object_from_string
 from kd_plugins import registry as ours
 from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, remove_distillation
+from kd_plugins.mm.configs import load_config, missing, remove_distillation
 from kd_plugins.mm.recipes import read_python
 from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.mm.starter import images
@@ -72,7 +72,13 @@ def _read_config(args: argparse.Namespace) -> Config:
 
 
 def _runner(config: Config) -> Runner:
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    try:
+        return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    except KeyError as error:
+        absent = missing(error, 'the config', config.get('default_scope'))
+        if absent is None:
+            raise
+        raise absent from error
 
 
 def train(argv: Sequence[str] | None = None) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
 
 from kd_plugins.config_files import resolve_config
 from kd_plugins.errors import DistillError, in_words
+from kd_plugins.extras import how_to_install, requirements
 from kd_plugins.type_names import type_name
 
 #: MMEngine's initialiser from a file, by its name in the registry and as a class.
@@ -39,12 +42,40 @@ def load_config(spec: str | Mapping[str, Any], where: str = 'teacher.config') ->
                     f'{where} {spec!r}: MMEngine cannot follow _base_ = {base!r} ({in_words(error)}), because it asks '
                     f"pip for the package; write _base_ = __import__('kd_plugins').config({base!r})."
                 ) from error
-            raise DistillError(f'{where} {spec!r} cannot be read: {type(error).__name__}: {error}') from error
+            raise missing(error, f'{where} {spec!r}') or DistillError(
+                f'{where} {spec!r} cannot be read: {type(error).__name__}: {error}'
+            ) from error
     else:
         raise DistillError(f'{where} must be a config file, got {spec!r}.')
     if not isinstance(config.get('model'), Mapping):
         raise DistillError(f"{where} {_name(spec)} has no 'model'.")
     return config
+
+
+def missing(error: BaseException, what: str, scope: str | None = None) -> DistillError | None:
+    """Says which package is not installed, where that is what an error comes from.
+
+    Args:
+        error: What came of reading a config, or of building what it describes.
+        what: The config, in words.
+        scope: Its ``default_scope``, which is the package that has its models registered.
+
+    Returns:
+        The error to raise in its place; None: it comes from something else.
+    """
+    package = None
+    cause: BaseException | None = error
+    while cause is not None and package is None:
+        package = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        cause = cause.__cause__ or cause.__context__
+    # A scope may also be that of a registry of the user's own.
+    if package is None and scope and isinstance(error, KeyError) and scope not in MODELS.children:
+        package = scope if importlib.util.find_spec(scope) is None else None
+    if package is None:
+        return None
+    package = package.partition('.')[0]
+    how = f'; {how_to_install(package)}' if requirements(package) else ''
+    return DistillError(f'{what} needs {package}, which is not installed{how}.')
 
 
 def _package_base(path: Path, seen: frozenset[Path] = frozenset()) -> str | None:

@@ -26,12 +26,11 @@ from kd_plugins.teachers import load_checkpoint
 
 #: The plain student, beside the checkpoint that it was made of.
 WEIGHTS, CONFIG = 'kd_student.pth', 'kd_student.py'
-#: How a package is asked for predictions with a config and weights.
+#: How a package is asked for predictions with a config and weights, and its option for where pictures of them go.
 INFERENCERS = {
-    'mmdet': 'DetInferencer',
-    'mmpretrain': 'ImageClassificationInferencer',
-    'mmrotate': 'DetInferencer',
-    'mmseg': 'MMSegInferencer',
+    'mmdet': ('DetInferencer', 'out_dir'),
+    'mmpretrain': ('ImageClassificationInferencer', 'show_dir'),
+    'mmseg': ('MMSegInferencer', 'out_dir'),
 }
 OURS = 'kd_plugins'
 
@@ -181,10 +180,10 @@ def commands(model: nn.Module, config: Config, file: str, weights: str) -> dict[
         return found
     package = config.get('default_scope', 'mmengine')
     if package in INFERENCERS:
-        name = INFERENCERS[package]
+        name, pictures = INFERENCERS[package]
         found['use'] = (
             f'python -c "from {package}.apis import {name}; '
-            f"{name}({file!r}, {weights!r})('image.jpg', out_dir='predictions')\""
+            f"{name}({file!r}, {weights!r})('image.jpg', {pictures}='predictions')\""
         )
         found['export'] = f'python mmdeploy/tools/deploy.py DEPLOY_CONFIG {file} {weights} image.jpg --work-dir onnx'
     return found

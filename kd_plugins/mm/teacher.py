@@ -17,7 +17,7 @@ from torch import nn
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.errors import DistillError, check_keys, shown
-from kd_plugins.mm.configs import load_config, plain_model, without_pretrained
+from kd_plugins.mm.configs import load_config, missing, plain_model, without_pretrained
 from kd_plugins.mm.forward import openmmlab_tap, run_modules
 from kd_plugins.mm.inputs import TeacherInputs, teacher_format
 from kd_plugins.mm.task import task_of
@@ -71,7 +71,10 @@ def build_architecture(cfg: Mapping[str, Any]) -> tuple[nn.Module, Config]:
         try:
             model = registry.build(model_cfg)
         except Exception as error:
-            raise DistillError(f'The teacher of {name} cannot be built: {type(error).__name__}: {error}') from error
+            title = f'the teacher of {name}' if isinstance(cfg['config'], str) else 'the config'
+            raise missing(error, title, config.get('default_scope')) or DistillError(
+                f'The teacher of {name} cannot be built: {type(error).__name__}: {error}'
+            ) from error
         # SyncBN has no forward on the CPU and nothing to synchronise in evaluation.
         model = revert_sync_batchnorm(model)
     return model.eval(), config

@@ -9,14 +9,16 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.model import PretrainedInit
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import MODELS
 
 from kd_plugins.adapters import LogitProjector
 from kd_plugins.distiller import build_terms
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import KLDivLoss
 from kd_plugins.mm import DistillHook, TimmClassifier, configs, distilled
-from kd_plugins.mm.cli import _check_types, _use_amp
-from kd_plugins.mm.configs import plain_model, remove_distillation, without_pretrained
+from kd_plugins.mm.cli import _check_types, _use_amp, train
+from kd_plugins.mm.configs import load_config, plain_model, remove_distillation, without_pretrained
+from kd_plugins.mm.teacher import build_architecture
 
 
 @pytest.mark.parametrize('kind', ['kd_plugins.Distilled', 'Distilled', 'kd_plugins.mm.distilled', distilled])
@@ -129,3 +131,22 @@ def test_a_base_that_mmengine_cannot_follow(tmp_path, monkeypatch):
     for name in ('other.py', 'circle.py'):
         with pytest.raises(DistillError, match='cannot be read: ModuleNotFoundError'):
             configs.load_config(str(tmp_path / name))
+
+
+def test_a_config_whose_package_is_missing_says_so(tmp_path, monkeypatch):
+    """Named by its imports, or only by its scope; a scope of a registry of one's own is none."""
+    path = tmp_path / 'a.py'
+    path.write_text("custom_imports = dict(imports=['no_such_zoo.models'])\nmodel = dict(type='ImageClassifier')\n")
+    with pytest.raises(DistillError, match=r'needs no_such_zoo, which is not installed\.$'):
+        load_config(str(path))
+    path.write_text("default_scope = 'no_such_zoo'\nmodel = dict(type='ImageClassifier')\nwork_dir = 'x'\n")
+    with pytest.raises(DistillError, match=r'^the teacher of .*a.py needs no_such_zoo, which is not installed\.$'):
+        build_architecture(dict(config=str(path)))
+    with pytest.raises(DistillError, match='^the config needs no_such_zoo, which is not installed'):
+        train([str(path), '--work-dir', str(tmp_path)])
+    monkeypatch.setattr('kd_plugins.extras.metadata.requires', lambda _: ["zoo-of-ours<2; extra == 'no_such_zoo'"])
+    with pytest.raises(DistillError, match=r"; pip install 'zoo-of-ours<2'\.$"):
+        build_architecture(dict(config=str(path)))
+    monkeypatch.setitem(MODELS.children, 'no_such_zoo', MODELS)
+    with pytest.raises(DistillError, match='cannot be built: KeyError'):
+        build_architecture(dict(config=str(path)))
