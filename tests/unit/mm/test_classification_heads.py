@@ -66,7 +66,7 @@ def test_what_is_read_is_what_it_predicts(config, features, activation):
 REFUSED = {
     'margins': (dict(type='ArcFaceClsHead', **SIZES), 'ArcFaceClsHead cannot be read: in training its logits hold'),
     'numbers': (
-        dict(type='LinearRegressionHead', num_targets=2, in_channels=WIDTH),
+        dict(type='LinearRegressionHead', num_classes=2, in_channels=WIDTH),
         'LinearRegressionHead cannot be read: it predicts numbers, not classes',
     ),
     'several tasks': (

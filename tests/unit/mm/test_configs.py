@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.model import PretrainedInit
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, Registry
 
 from kd_plugins.adapters import LogitProjector
 from kd_plugins.distiller import build_terms
@@ -147,6 +147,6 @@ def test_a_config_whose_package_is_missing_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr('kd_plugins.extras.metadata.requires', lambda _: ["zoo-of-ours<2; extra == 'no_such_zoo'"])
     with pytest.raises(DistillError, match=r"; pip install 'zoo-of-ours<2'\.$"):
         build_architecture(dict(config=str(path)))
-    monkeypatch.setitem(MODELS.children, 'no_such_zoo', MODELS)
+    monkeypatch.setitem(MODELS.children, 'no_such_zoo', Registry('model', scope='no_such_zoo'))
     with pytest.raises(DistillError, match='cannot be built: KeyError'):
         build_architecture(dict(config=str(path)))
