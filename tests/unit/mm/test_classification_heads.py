@@ -8,7 +8,6 @@ import torch
 pytest.importorskip('mmpretrain')
 
 import mmpretrain.models  # noqa: F401
-
 from mmpretrain.registry import MODELS
 from torch import nn
 

@@ -9,6 +9,7 @@ pytest.importorskip('mmrotate')
 
 import mmrotate.models  # noqa: F401
 from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from mmrotate.registry import MODELS
 
 import kd_plugins.mm  # noqa: F401
@@ -24,6 +25,7 @@ ANCHORS = dict(type='FakeRotatedAnchorGenerator', angle_version='le90', octave_b
 ANCHORS.update(scales_per_octave=1, ratios=[1.0, 0.5])
 DELTAS = dict(type='DeltaXYWHTRBBoxCoder', angle_version='le90', norm_factor=None, edge_swap=True, proj_xy=True)
 RETINA = dict(SIZES, anchor_generator=ANCHORS, bbox_coder=DELTAS, loss_bbox=dict(type='mmdet.L1Loss'))
+RETINA.update(loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True))
 RTMDET = dict(SIZES, anchor_generator=POINTS, bbox_coder=dict(type='DistanceAnglePointCoder', angle_version='le90'))
 RTMDET.update(loss_cls=dict(type='mmdet.QualityFocalLoss', use_sigmoid=True), norm_cfg=GN)
 RTMDET.update(loss_bbox=dict(type='RotatedIoULoss', mode='linear'))
@@ -40,7 +42,8 @@ HEADS = {
 
 def build(config):
     torch.manual_seed(0)
-    head = MODELS.build(ConfigDict({**config, 'test_cfg': dict(nms_pre=0, score_thr=0.0)})).eval()
+    with DefaultScope.overwrite_default_scope('mmrotate'):
+        head = MODELS.build(ConfigDict({**config, 'test_cfg': dict(nms_pre=100_000, score_thr=0.0)})).eval()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return head
@@ -72,7 +75,9 @@ def test_classes_and_sides(config):
     outputs, found = read_of(head)
     assert found.num_classes == CLASSES and found.unread == ('angles',) and found.ltrb is None
     meta = dict(img_shape=IMAGE, scale_factor=(1.0, 1.0))
-    own = head.predict_by_feat(*outputs, batch_img_metas=[meta] * 2, cfg=head.test_cfg, rescale=False, with_nms=False)[0]
+    own = head.predict_by_feat(*outputs, batch_img_metas=[meta] * 2, cfg=head.test_cfg, rescale=False, with_nms=False)[
+        0
+    ]
     scores = found.cls[0].sigmoid()
     torch.testing.assert_close(scores.flatten().sort().values, own.scores.sort().values)
     if 'Retina' in config['type']:
