@@ -47,7 +47,7 @@ EXPORTED = ('.pt2', '.torchscript')
 WEIGHTS = ('.pth', '.pth.tar', '.tar', '.safetensors', '.bin')
 
 
-def of_file(path: str) -> dict[str, str] | None:
+def of_file(path: str) -> dict[str, Any] | None:
     """The ``teacher`` mapping of a bare file that holds a whole model or weights; None: its name does not end so."""
     for endings, key in ((EXPORTED, 'exported'), (WEIGHTS, 'checkpoint'), ('.pt', 'ultralytics')):
         if path.endswith(endings):

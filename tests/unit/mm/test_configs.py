@@ -142,7 +142,7 @@ def test_a_config_whose_package_is_missing_says_so(tmp_path, monkeypatch):
     path.write_text("default_scope = 'no_such_zoo'\nmodel = dict(type='ImageClassifier')\nwork_dir = 'x'\n")
     with pytest.raises(DistillError, match=r'^the teacher of .*a.py needs no_such_zoo, which is not installed\.$'):
         build_architecture(dict(config=str(path)))
-    with pytest.raises(DistillError, match='^the config needs no_such_zoo, which is not installed'):
+    with pytest.raises(DistillError, match=r'^the config needs no_such_zoo, which is not installed\.$'):
         train([str(path), '--work-dir', str(tmp_path)])
     monkeypatch.setattr('kd_plugins.extras.metadata.requires', lambda _: ["zoo-of-ours<2; extra == 'no_such_zoo'"])
     with pytest.raises(DistillError, match=r"; pip install 'zoo-of-ours<2'\.$"):

@@ -81,7 +81,8 @@ def test_classes_and_sides(config):
     scores = found.cls[0].sigmoid()
     torch.testing.assert_close(scores.flatten().sort().values, own.scores.sort().values)
     if 'Retina' in config['type']:
-        anchors = torch.cat([p.tensor for p in head.prior_generator.grid_priors([f.shape[-2:] for f in features()])])
+        priors = head.prior_generator.grid_priors([f.shape[-2:] for f in features()], device='cpu')
+        anchors = torch.cat([level.tensor for level in priors])
         torch.testing.assert_close(found.points, anchors[:, :2])
         assert found.box.shape == (2, len(anchors), 4)
         raw = torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, 5) for level in outputs[1]], 1)

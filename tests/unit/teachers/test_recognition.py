@@ -107,3 +107,18 @@ def test_other_objects_in_the_arguments_stay_inert(tmp_path):
     args = argparse.Namespace(model='test_resnet', num_classes=5, hook=print, path=tmp_path)
     found = recognise(dict(checkpoint=saved(tmp_path, dict(args=args, state_dict=weights()))))
     assert (found['timm'], found['num_classes']) == ('test_resnet', 5)
+
+
+def test_a_bare_file_in_ultralytics(tmp_path):
+    """The callback takes a checkpoint that tells its network as MMEngine's command does; it stays a bare path."""
+    pytest.importorskip('ultralytics')
+    from kd_plugins.yolo import DistillCallback
+
+    path = saved(tmp_path, {**by_timm(), 'state_dict': weights()})
+    options = DistillCallback(path, cls=1).options
+    assert options.teacher == path and options.sources()[''] == dict(checkpoint=path)
+    teacher, _ = build_source(options.sources()[''], STUDENT)
+    assert teacher.name == 'timm test_resnet' and teacher.num_classes == 5
+    assert DistillCallback(dict(checkpoint=path), cls=1).options.teacher == dict(checkpoint=path)
+    with pytest.raises(DistillError, match='does not say which network it is'):
+        DistillCallback(saved(tmp_path, dict(a=torch.ones(1)), 'x.pth'), cls=1)
