@@ -75,10 +75,8 @@ def test_classes_and_sides(config):
     outputs, found = read_of(head)
     assert found.num_classes == CLASSES and found.unread == ('angles',) and found.ltrb is None
     meta = dict(img_shape=IMAGE, scale_factor=(1.0, 1.0))
-    own = head.predict_by_feat(*outputs, batch_img_metas=[meta] * 2, cfg=head.test_cfg, rescale=False, with_nms=False)[
-        0
-    ]
-    scores = found.cls[0].sigmoid()
+    own = head.predict_by_feat(*outputs, batch_img_metas=[meta] * 2, cfg=head.test_cfg, with_nms=False)[0]
+    scores = found.cls[0].sigmoid() * (1 if found.obj is None else found.obj[0].sigmoid())
     torch.testing.assert_close(scores.flatten().sort().values, own.scores.sort().values)
     if 'Retina' in config['type']:
         priors = head.prior_generator.grid_priors([f.shape[-2:] for f in features()], device='cpu')
