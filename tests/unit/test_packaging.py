@@ -52,9 +52,8 @@ def test_extras(requirements):
     assert requirements['timm'] == {'timm', 'torchvision', 'safetensors'}
     assert requirements['export'] == {'onnx', 'onnxruntime'}
     assert requirements['dev'] >= {'mypy', 'pytest', 'ruff'}
-    assert {'mm', 'yolo', 'timm', 'export', 'demo', 'docs', 'dev', 'all'} == set(
-        metadata.metadata('kd-plugins').get_all('Provides-Extra')
-    )
+    extras = {'mm', 'yolo', 'timm', 'mmpretrain', 'mmrotate', 'export', 'demo', 'docs', 'dev', 'all'}
+    assert extras == set(metadata.metadata('kd-plugins').get_all('Provides-Extra'))
 
 
 def test_metadata():
