@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from kd_plugins.distiller import (
 )
 from kd_plugins.distiller.balance import PERIOD
 from kd_plugins.distiller.ending import Ending, Validations, share_of, shorter, write_text
+from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.mm.data import class_names, pipelines
@@ -38,10 +40,18 @@ from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
 from kd_plugins.mm.resume import STATE, forget
+from kd_plugins.mm.scoring import MMScorer
 from kd_plugins.mm.task import CLASSIFICATION
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
-from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
+from kd_plugins.teachers.run import (
+    RunOptions,
+    load_teachers,
+    match_teachers,
+    open_session,
+    score_session,
+    score_warnings,
+)
 
 
 @HOOKS.register_module()
@@ -86,6 +96,9 @@ class DistillHook(Hook):
         imports: Modules of your own losses, forms, schedules and the like.
         pseudo_labels: Lowest score, or ``dict(score=0.4, iou=0.7, nms=0.65)``, of what the teacher detects to become a
             label where there is none, while KD is on. None: labels stay as they are.
+        score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
+            iteration, with the run's own evaluator; False for none. None: 32, but no more than a tenth of the images
+            that the run trains on, and none where that is fewer than 8.
         pixel_format: ``dict(mean=, std=, rgb=, pad=)`` of the student's batches, where it cannot be established.
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
@@ -116,8 +129,9 @@ class DistillHook(Hook):
         self._resumed: Mapping[str, Any] | None = None
         self._validations = Validations()
         self._began = (0, 0.0)
-        #: Of the compared metric, where somebody has measured it.
+        #: Of the compared metric; of several teachers the best's. None: not measured, see ``score_teacher``.
         self.teacher_metric: float | None = None
+        self._teacher_on = ''
 
     def __deepcopy__(self, memo: dict) -> DistillHook:
         # A copy of the model made during training copies its forward hooks, and with them this object's references.
@@ -159,6 +173,9 @@ class DistillHook(Hook):
                 f'start={self.session.window.start} is not before the end of the run ({total} {unit}s): KD would never '
                 'run.'
             )
+        scores, more = self._score(runner, options, names)
+        self.teacher_metric, self._teacher_on = best_of(scores.values())
+        notes += more
         self._attach(model, runner)
         # Of terms that a resumed run had under another name.
         forget(runner.message_hub.log_scalars, keep=self.session.terms)
@@ -170,11 +187,30 @@ class DistillHook(Hook):
             classes=classes,
             schedule=schedule_text(self.session.window, unit, total, self.session.alpha),
             notes=[*notes, *self.session.notes],
+            scores=scores,
         )
         runner.logger.info(text)
+        for sentence in score_warnings(self.session, scores, classes):
+            runner.logger.warning(sentence)
         if is_main_process():
             write_text(runner.log_dir, text)
         self._validations, self._began = Validations(), (done, time.monotonic())
+
+    def _score(
+        self, runner: Any, options: RunOptions, names: Sequence[str] | None
+    ) -> tuple[dict[str, TeacherScore], list[str]]:
+        """Score the teachers on some validation images, in every process alike: a sharded student runs in all."""
+        loop = runner.train_loop
+        images = getattr(loop.dataloader, 'batch_size', None) or 1
+        wanted = images_wanted(options.score_teacher, runner.max_iters * images)
+        if not wanted:
+            return {}, []
+        model = self.session.student
+        scorer = None if runner.val_loop is None else MMScorer(runner, self.session, self._host, wanted)
+        if names is None:
+            with contextlib.suppress(DistillError):
+                names = _dataset_classes(runner)
+        return score_session(self.session, scorer, names, options, num_classes(model), started=bool(runner.iter))
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Tell schedules where the run is."""
@@ -241,6 +277,7 @@ class DistillHook(Hook):
             share=share_of(self.session.balance, self.session.alpha),
             best=best,
             teacher=self.teacher_metric,
+            teacher_on=self._teacher_on,
             student=student,
             notes=tuple(notes),
             folder=shorter(runner.log_dir),
