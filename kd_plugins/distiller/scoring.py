@@ -42,7 +42,8 @@ class Measured:
         metrics: Of the framework's evaluator; the compared one first. Empty where nothing was predicted: 0.
         greater: Whether more of it is better; None: that is not known.
         confusion: ``(C, C)`` int64 as the student numbers its classes: how often something of a class (row) was taken
-            for another (column); None where predictions cannot be counted so.
+            for another (column), perhaps with a column more for what was missed; None where predictions cannot be
+            counted so.
         samples: How many independent ones were counted.
     """
 
@@ -82,7 +83,8 @@ class TeacherScore:
         total: How many the validation set has.
         student: The student's, None where it was not measured.
         greater: Whether more is better.
-        confusion: The teacher's, see `Measured`, of the classes that it knows.
+        confusion: The teacher's, see `Measured`, of the classes that it knows, without what it missed.
+        objects: How many of these classes there were.
         samples: See `Measured`.
         names: Of these classes; None when unknown.
         metrics: All that was measured of the teacher.
@@ -95,6 +97,7 @@ class TeacherScore:
     student: float | None = None
     greater: bool = True
     confusion: Tensor | None = None
+    objects: int = 0
     samples: int = 0
     names: Sequence[str] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -113,10 +116,10 @@ class TeacherScore:
     @property
     def confirms_order(self) -> bool:
         """Whether the teacher's predictions say that its classes are in the student's order."""
-        if self.confusion is None or permutation(self.confusion) is not None:
+        if self.confusion is None or self._permutation() is not None:
             return False
-        seen = self.confusion[self.confusion.sum(1) > 0]
-        return len(seen) > 1 and mean_recall(self.confusion) >= PERMUTED
+        seen = int((self.confusion.sum(1) > 0).sum())
+        return seen > 1 and mean_recall(self.confusion) >= self._sure()
 
     def warnings(self, assumed: bool = False) -> list[str]:
         """What is wrong with this teacher, each in a sentence.
@@ -124,17 +127,17 @@ class TeacherScore:
         Args:
             assumed: Whether the names of one side are unknown, and the classes taken to be in the same order.
         """
-        swapped = None if self.confusion is None else permutation(self.confusion)
+        swapped = self._permutation()
         if swapped is not None:
             pairs = list(swapped.items())
             shown = ', '.join(f'{self._name(a)} for {self._name(b)}' for a, b in pairs[:3])
             more = ', ...' if len(pairs) > 3 else ''
             return [
-                f'The order of the classes looks permuted: {self.where}, the teacher takes {shown}{more}. Give the names '
-                "of the teacher's outputs in their order as classes=[...]."
+                f'The order of the classes looks permuted: {self.where}, the teacher takes {shown}{more}. Give the '
+                "names of the teacher's outputs in their order as classes=[...]."
             ]
         found = []
-        if self.confusion is not None and self.confusion.sum() == 0:
+        if self.confusion is not None and self.objects and self.confusion.sum() == 0:
             found.append(f'The teacher finds none of the objects ({self}): it has nothing to teach.')
         elif self._is_chance():
             found.append(
@@ -161,9 +164,18 @@ class TeacherScore:
     def _is_chance(self) -> bool:
         if self.confusion is None or int((self.confusion.sum(1) > 0).sum()) < 2:
             return False
-        guess = 1 / len(self.confusion)
-        spread = math.sqrt(guess * (1 - guess) / max(self.samples, 1))
-        return mean_recall(self.confusion) <= guess + 2 * spread
+        return mean_recall(self.confusion) <= self._by_chance(2)
+
+    def _permutation(self) -> dict[int, int] | None:
+        return None if self.confusion is None else permutation(self.confusion, self._sure())
+
+    def _sure(self) -> float:
+        return max(PERMUTED, self._by_chance(4))
+
+    def _by_chance(self, deviations: float) -> float:
+        """The mean recall that guessing does not reach, but for so many standard deviations."""
+        guess = 1 / len(self.confusion) if self.confusion is not None else 0.0
+        return guess + deviations * math.sqrt(guess * (1 - guess) / max(self.samples, 1))
 
 
 def images_wanted(option: bool | int | None, trained: float) -> int:
@@ -219,11 +231,12 @@ def score_teachers(
     for name, classes in teachers.items():
         measured = found[name]
         metric = next((key for m in (measured, *found.values()) for key in m.metrics), 'predictions')
-        known = None if classes is None else sorted(classes[0])
-        confusion, called = measured.confusion, names
-        if known is not None:
-            confusion = None if confusion is None else confusion[known][:, known]
-            called = None if names is None else [names[i] for i in known]
+        confusion, called, objects = measured.confusion, names, 0
+        if confusion is not None:
+            known = list(range(len(confusion))) if classes is None else sorted(classes[0])
+            objects = int(confusion[known].sum())
+            called = None if names is None or len(names) != len(confusion) else [names[i] for i in known]
+            confusion = confusion[known][:, known]
         greater = next((m.greater for m in (measured, *found.values()) if m.greater is not None), True)
         scores[name] = TeacherScore(
             metric=metric,
@@ -233,6 +246,7 @@ def score_teachers(
             student=found[None].metrics.get(metric, 0.0) if None in found else None,
             greater=greater,
             confusion=confusion,
+            objects=objects,
             samples=measured.samples,
             names=called,
             metrics=measured.metrics,
@@ -256,21 +270,23 @@ def spread(total: int, wanted: int) -> list[int]:
     return [i * total // number for i in range(number)]
 
 
-def label_confusion(labels: Tensor, predicted: Tensor, number: int) -> Tensor:
+def label_confusion(labels: Tensor, predicted: Tensor, number: int, columns: int | None = None) -> Tensor:
     """Count predictions per label.
 
     Args:
         labels: Int64 of any shape; those that are no class (ignored pixels) are left out.
         predicted: Int64 of the same shape.
         number: Of classes.
+        columns: Of what may be predicted. Default: the classes.
 
     Returns:
-        ``(number, number)`` int64 on the processor: rows are labels.
+        ``(number, columns)`` int64 on the processor: rows are labels.
     """
+    columns = number if columns is None else columns
     labels, predicted = labels.reshape(-1).long(), predicted.reshape(-1).long()
-    keep = (labels >= 0) & (labels < number) & (predicted >= 0) & (predicted < number)
-    counted = torch.bincount(labels[keep] * number + predicted[keep], minlength=number * number)
-    return counted.view(number, number).cpu()
+    keep = (labels >= 0) & (labels < number) & (predicted >= 0) & (predicted < columns)
+    counted = torch.bincount(labels[keep] * columns + predicted[keep], minlength=number * columns)
+    return counted.view(number, columns).cpu()
 
 
 def box_confusion(
@@ -287,10 +303,13 @@ def box_confusion(
         number: Of classes.
 
     Returns:
-        ``(number, number)`` int64 on the processor: rows are labels; objects that nothing overlaps with are left out.
+        ``(number, number + 1)`` int64 on the processor: rows are labels, the last column holds the objects that nothing
+        overlaps with.
     """
+    labels = labels.reshape(-1).long()
+    missed = torch.full_like(labels, number)
     if not len(boxes) or not len(found):
-        return torch.zeros(number, number, dtype=torch.long)
+        return label_confusion(labels, missed, number, number + 1)
     boxes, found = boxes.float(), found.float().to(boxes.device)
     low = torch.maximum(boxes[:, None, :2], found[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], found[None, :, 2:])
@@ -299,7 +318,8 @@ def box_confusion(
     overlap = shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-9)
     sure = torch.where(overlap >= OVERLAP, scores.to(overlap)[None], overlap.new_tensor(-1.0))
     best, which = sure.max(1)
-    return label_confusion(labels[best >= 0], predicted.to(labels.device)[which[best >= 0]], number)
+    taken = torch.where(best >= 0, predicted.to(labels)[which], missed)
+    return label_confusion(labels, taken, number, number + 1)
 
 
 def mean_recall(confusion: Tensor) -> float:
@@ -309,11 +329,15 @@ def mean_recall(confusion: Tensor) -> float:
     return float((confusion.diagonal()[seen] / counts[seen]).mean()) if seen.any() else 0.0
 
 
-def permutation(confusion: Tensor) -> dict[int, int] | None:
+def permutation(confusion: Tensor, least: float = PERMUTED) -> dict[int, int] | None:
     """The classes that are taken for another one throughout, ``{class: other}``; None where their order is right.
 
     A class is taken for another when most of it is, and most of what is taken for that other is of this class: so one
     that everything is taken for is none. Of each class the first finding is not counted, which any order explains.
+
+    Args:
+        confusion: ``(C, C)`` int64, rows are labels.
+        least: Mean recall that this order must reach.
     """
     rows, columns = confusion.sum(1), confusion.sum(0)
     swapped, ours, theirs = {}, [], []
@@ -331,4 +355,4 @@ def permutation(confusion: Tensor) -> dict[int, int] | None:
     if len(swapped) < 2:
         return None
     before, after = (sum(values) / len(values) for values in (ours, theirs))
-    return swapped if after >= PERMUTED and after >= before + BETTER else None
+    return swapped if after >= max(least, before + BETTER) else None

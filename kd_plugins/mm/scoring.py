@@ -236,7 +236,7 @@ def _boxed(truth: Any, made: Any, number: int) -> tuple[Tensor, int] | None:
     if boxes.shape[-1] != 4 or detected.shape[-1] != 4:
         return None
     counted = box_confusion(boxes, there.labels, detected, found.scores, found.labels, number)
-    return counted, int(counted.sum())
+    return counted, int(counted[:, :number].sum())
 
 
 @contextlib.contextmanager

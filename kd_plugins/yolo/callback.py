@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,20 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.distiller.ending import write_text
+from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.extras import how_to_install
 from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
-from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
+from kd_plugins.teachers.run import (
+    RunOptions,
+    load_teachers,
+    match_teachers,
+    open_session,
+    score_session,
+    score_warnings,
+)
 from kd_plugins.yolo.ending import ending_of
 from kd_plugins.yolo.example import example_batch
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
@@ -37,6 +45,7 @@ from kd_plugins.yolo.log import begin_columns
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.run import Run
+from kd_plugins.yolo.scoring import UltralyticsScorer
 from kd_plugins.yolo.task import CLASSIFICATION, TASKS
 from kd_plugins.yolo.teacher import class_count, class_names, find_teacher, input_channels
 
@@ -93,8 +102,9 @@ class DistillCallback:
             checked = DistillOptions(given, **options)
         # Absolute: the processes on several GPUs start in another folder.
         self.options = _found(checked)
-        #: Of the compared metric, where somebody has measured it.
+        #: Of the compared metric; of several teachers the best's. None: not measured, see ``score_teacher``.
         self.teacher_metric: float | None = None
+        self._teacher_on = ''
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +112,7 @@ class DistillCallback:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.options = DistillOptions.from_dict(state['options'])
-        self.teacher_metric = None
+        self.teacher_metric, self._teacher_on = None, ''
         self._runs = weakref.WeakKeyDictionary()
 
     @property
@@ -179,6 +189,11 @@ class DistillCallback:
             rows = session.check(images, batch)
         if batch is None:
             notes.append('checked on a grey picture: the validation set gave no item before the run')
+        scores: dict[str, TeacherScore] = {}
+        if is_main():
+            scores, more = self._score(trainer, session, host, options, names)
+            notes += more
+        self.teacher_metric, self._teacher_on = best_of(scores.values())
         run = Run(session, host)
         run.attach(trainer)
         if is_main():
@@ -190,8 +205,11 @@ class DistillCallback:
                 classes=classes,
                 schedule=schedule_text(session.window, 'epoch', trainer.epochs, session.alpha),
                 notes=[*notes, *session.notes, *host.task.notes],
+                scores=scores,
             )
             logger().info(f'\n{text}\n')
+            for sentence in score_warnings(session, scores, classes):
+                logger().warning(sentence)
             write_text(trainer.save_dir, text)
             if trainer.resume:
                 begin_columns(Path(trainer.csv))
@@ -231,7 +249,7 @@ class DistillCallback:
         never = run.session.finish()
         if never is not None:
             logger().warning(never)
-        ending = ending_of(trainer, run, self.teacher_metric)
+        ending = ending_of(trainer, run, self.teacher_metric, self._teacher_on)
         ending.write()
         logger().info(f'\n{ending.text()}\n')
 
@@ -244,6 +262,21 @@ class DistillCallback:
         run = self._runs.pop(trainer, None)
         if run is not None:
             run.detach()
+
+    @staticmethod
+    def _score(
+        trainer: Any, session: Session, host: UltralyticsHost, options: RunOptions, names: Sequence[str] | None
+    ) -> tuple[dict[str, TeacherScore], list[str]]:
+        """Score the teachers on some validation images."""
+        wanted = images_wanted(options.score_teacher, len(trainer.train_loader.dataset) * trainer.epochs)
+        if not wanted:
+            return {}, []
+        validates = (
+            getattr(trainer, 'validator', None) is not None and getattr(trainer, 'test_loader', None) is not None
+        )
+        scorer = UltralyticsScorer(trainer, session, host, wanted) if validates else None
+        count = class_count(session.student)
+        return score_session(session, scorer, names, options, count, started=bool(trainer.start_epoch))
 
     def _open(self, student: nn.Module, host: UltralyticsHost) -> tuple[RunOptions, Session, list[str]]:
         """Load the teachers, each once; whether masks are taught by default depends on them."""
