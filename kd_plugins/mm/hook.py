@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.distiller.balance import PERIOD
-from kd_plugins.distiller.ending import Ending, Validations, share_of, shorter, write_text
+from kd_plugins.distiller.ending import Ending, Validations, numbers_of, share_of, shorter, write_text
 from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, in_words
@@ -103,6 +104,12 @@ class DistillHook(Hook):
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
 
+    Attributes:
+        session: What distils; None before the training.
+        summary: The table that was printed at the start, None before.
+        teacher_metric: The teacher's value of the compared metric, of several teachers the best's. None: not measured,
+            see ``score_teacher``.
+
     Raises:
         DistillError: In ``before_train``, before the first iteration, for everything that does not fit.
     """
@@ -129,9 +136,17 @@ class DistillHook(Hook):
         self._resumed: Mapping[str, Any] | None = None
         self._validations = Validations()
         self._began = (0, 0.0)
-        #: Of the compared metric; of several teachers the best's. None: not measured, see ``score_teacher``.
+        self.summary: str | None = None
         self.teacher_metric: float | None = None
         self._teacher_on = ''
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What was logged, a row per epoch (per interval of the log where the run has no epochs), see `History.rows`.
+
+        ``pandas.DataFrame(hook.history)`` is a table of it.
+        """
+        return [] if self.session is None else self.session.history.rows
 
     def __deepcopy__(self, memo: dict) -> DistillHook:
         # A copy of the model made during training copies its forward hooks, and with them this object's references.
@@ -189,6 +204,7 @@ class DistillHook(Hook):
             notes=[*notes, *self.session.notes],
             scores=scores,
         )
+        self.summary = text
         runner.logger.info(text)
         for sentence in score_warnings(self.session, scores, classes):
             runner.logger.warning(sentence)
@@ -217,15 +233,19 @@ class DistillHook(Hook):
         self.session.begin_iteration(position_of(runner))
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Without epochs, warn when KD was out of proportion for a while."""
-        if isinstance(runner.train_loop, IterBasedTrainLoop) and (
-            self.every_n_train_iters(runner, PERIOD) or self.is_last_train_iter(runner)
-        ):
+        """Without epochs, keep what was logged, and warn when KD was out of proportion for a while."""
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            return
+        last = self.is_last_train_iter(runner)
+        if last or self.every_n_train_iters(runner, _log_interval(runner)):
+            self.session.history.close('iteration', runner.iter + 1, self.session.weights)
+        if last or self.every_n_train_iters(runner, PERIOD):
             self._judge(runner, f'iteration {runner.iter + 1}')
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Warn when KD was out of proportion for the whole epoch; once per direction."""
+        """Keep what was logged, and warn when KD was out of proportion for the whole epoch; once per direction."""
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            self.session.history.close('epoch', runner.epoch + 1, self.session.weights)
             self._judge(runner, f'epoch {runner.epoch + 1}')
 
     def _judge(self, runner: Any, when: str) -> None:
@@ -237,7 +257,12 @@ class DistillHook(Hook):
         """Keep the best."""
         if self.session is not None and metrics:
             main, self._validations.greater = main_metric(runner, metrics, self._host.task.metrics)
-            self._validations.add(metrics, main, unit_of(runner)[1])
+            unit, at, _ = unit_of(runner)
+            self._validations.add(metrics, main, at)
+            history = self.session.history
+            if history.at(unit) < at:
+                history.close(unit, at, self.session.weights)
+            history.measured(main, numbers_of(metrics).get(main, math.nan))
 
     def after_train(self, runner: Any) -> None:
         """Leave the model as it was found, write the plain student, and say what came out."""
@@ -364,6 +389,7 @@ class DistillHook(Hook):
                 own = 1 - self.session.alpha
                 output = {k: map_tensors(v, lambda x: x * own) if 'loss' in k else v for k, v in output.items()}
                 task = task * own
+            self.session.history.add(kd, task, taught)
         # No "loss" in its name: logged, not optimised.
         ratio = taught / task.clamp(min=torch.finfo(torch.float32).tiny)
         return {**output, **kd, 'kd_ratio': ratio}
@@ -425,6 +451,11 @@ def _refuse_data_set(runner: Any, model: nn.Module, names: Sequence[str] | None)
             f'train_dataloader makes not one batch of its {len(loader.dataset)} images: write less than '
             f'batch_size={loader.batch_size}, or keep the last batch (drop_last={loader.drop_last}).'
         )
+
+
+def _log_interval(runner: Any) -> int:
+    """Iterations after which the run's log has a line."""
+    return next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), PERIOD)
 
 
 def _clip(wrapper: Any, parameters: Sequence[nn.Parameter]) -> None:
