@@ -1,5 +1,6 @@
 """Teachers are scored before the first iteration, by the framework's own evaluator, and no run notices."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -39,8 +40,26 @@ def test_scoring_changes_nothing(labs, name):
     distilled = lab.record(config)
     assert all(torch.equal(v, distilled.weights[k]) for k, v in plain.weights.items())
     assert plain.validated == distilled.validated, 'the evaluator'
+    hook = next(hook for hook in distilled.run.hooks if type(hook).__name__ == 'DistillHook')
+    row = hook.history[-1]
+    assert list(row)[1:] == ['loss_kd_logits', 'weight_logits', 'kd_ratio', 'metric'], row
+    assert row['loss_kd_logits'] == row['weight_logits'] == 0 and hook.summary in summary_of(distilled.run)
     line = scored(summary_of(distilled.run))
     assert re.match(rf'\S*({metric}|predictions) \d', line) and 'the student starts at' in line, line
+
+
+@pytest.mark.skipif('yolo' not in LABS, reason='needs ultralytics')
+def test_scoring_changes_nothing_in_ultralytics(labs):
+    lab = labs('yolo')
+    plan = lab.plain()
+    plain = lab.once(plan)
+    distil = dict(teacher=lab.teacher(), cls=0.0, box=0.0, score_teacher=6)
+    distilled = lab.record(dataclasses.replace(plan, distill=distil))
+    assert all(torch.equal(v, distilled.weights[k]) for k, v in plain.weights.items())
+    metrics = [{k: v for k, v in m.items() if k.startswith('metrics/')} for m in plain.validated]
+    assert metrics == [{k: v for k, v in m.items() if k.startswith('metrics/')} for m in distilled.validated]
+    text = Path(distilled.run.save_dir, 'kd_summary.txt').read_text()
+    assert 'on 6 of 8 validation images; the student starts at' in scored(text)
 
 
 class ByColour(torch.nn.Module):
@@ -85,10 +104,15 @@ def test_a_teacher_of_ultralytics_is_scored_and_its_order_judged(tmp_path, monke
     names = ['green', 'red', 'blue']
     colours = [list(COLOURS[name]) for name in names]
     callback, folder, warnings = run('right', colours, names)
-    assert callback.teacher_metric == 1.0 and not warnings, 'matched by name'
+    assert callback.teacher_metric == 1.0 and not any('class' in text for text in warnings), 'matched by name'
     assert 'scored   fitness 1 on 9 of 12 validation images' in (folder / 'kd_summary.txt').read_text()
     block = json.loads((folder / 'kd_summary.json').read_text())
+    (row,) = callback.history
+    assert list(row) == ['epoch', 'loss_kd_cls', 'weight_cls', 'kd_ratio', 'metric'] and row['epoch'] == 1
+    assert row['loss_kd_cls'] > 0 and row['kd_ratio'] > 0 and 0 <= row['metric'] <= 1
+    assert callback.summary in (folder / 'kd_summary.txt').read_text()
     assert (block['teacher'], block['teacher_on']) == (1.0, 'on 9 of 12 validation images')
 
-    _, _, (sentence,) = run('wrong', colours, sorted(names))
+    _, _, warnings = run('wrong', colours, sorted(names))
+    (sentence,) = (text for text in warnings if 'class' in text)
     assert 'looks permuted' in sentence and "'green' for 'blue'" in sentence
