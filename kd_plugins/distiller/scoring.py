@@ -21,7 +21,7 @@ from kd_plugins.predictions import Classes
 #: Validation images that a teacher is scored on, unless the run says how many.
 IMAGES = 32
 #: And of what a run trains on (images times epochs) at most this share; fewer than `FEWEST` say nothing.
-SHARE, FEWEST = 0.1, 8
+SHARE, FEWEST = 0.05, 8
 #: Overlap from which on a box is that of an object.
 OVERLAP = 0.5
 #: A permutation of the classes must reach this mean recall, and be better than their own order by this much.

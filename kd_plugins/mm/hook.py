@@ -98,8 +98,8 @@ class DistillHook(Hook):
         pseudo_labels: Lowest score, or ``dict(score=0.4, iou=0.7, nms=0.65)``, of what the teacher detects to become a
             label where there is none, while KD is on. None: labels stay as they are.
         score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
-            iteration, with the run's own evaluator; False for none. None: 32, but no more than a tenth of the images
-            that the run trains on, and none where that is fewer than 8.
+            iteration, with the run's own evaluator; False for none. None: 32, but no more than a twentieth of the
+            images that the run trains on, and none where that is fewer than 8.
         pixel_format: ``dict(mean=, std=, rgb=, pad=)`` of the student's batches, where it cannot be established.
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.

@@ -298,7 +298,9 @@ class DistillCallback:
         trainer: Any, session: Session, host: UltralyticsHost, options: RunOptions, names: Sequence[str] | None
     ) -> tuple[dict[str, TeacherScore], list[str]]:
         """Score the teachers on some validation images."""
-        wanted = images_wanted(options.score_teacher, len(trainer.train_loader.dataset) * trainer.epochs)
+        loader = trainer.train_loader
+        size = getattr(loader, 'batch_size', None) or max(int(trainer.args.batch), 1)
+        wanted = images_wanted(options.score_teacher, len(loader) * size * trainer.epochs)
         if not wanted:
             return {}, []
         validates = (

@@ -100,7 +100,7 @@ class DistillOptions:
             such a detection, or ``dict(score=0.4, iou=0.7, nms=0.65)``. For data in which classes that the teacher
             knows are not labelled. Default None: labels stay as they are.
         score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
-            epoch, with the run's own validator; False for none. Default None: 32, but no more than a tenth of the
+            epoch, with the run's own validator; False for none. Default None: 32, but no more than a twentieth of the
             images that the run trains on, and none where that is fewer than 8.
         start: First epoch with KD, counted from 0.
         stop: First epoch without it again. None: to the end.

@@ -127,7 +127,7 @@ def test_what_fails_is_a_note_and_draws_no_number():
 
 
 def test_images_are_few_in_short_runs_and_lie_all_over_the_set():
-    assert [images_wanted(None, n) for n in (0, 79, 80, 200, 10**6)] == [0, 0, 8, 20, IMAGES]
+    assert [images_wanted(None, n) for n in (0, 159, 160, 400, 10**6)] == [0, 0, 8, 20, IMAGES]
     assert [images_wanted(option, 10) for option in (False, True, 64, 0)] == [0, IMAGES, 64, 0]
     assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 8) == [0, 1, 2]
 
