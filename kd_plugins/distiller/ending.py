@@ -105,6 +105,7 @@ class Ending:
         share: ``kd_ratio`` in the first and in the last iterations with KD, see `Balance.share`.
         best: The best validation; None: there was none.
         teacher: The teacher's value of the compared metric, where it is known.
+        teacher_on: Which images it was measured on, in words, where these were not all.
         student: The plain student; None: none was written.
         notes: More lines.
         folder: Where the log of the run is.
@@ -120,6 +121,7 @@ class Ending:
     student: Student | None = None
     notes: tuple[str, ...] = ()
     folder: str = '.'
+    teacher_on: str = ''
 
     def text(self) -> str:
         """The block as it is printed; but for commands, no line is longer than `kd_plugins.distiller.summary.WIDTH`."""
@@ -144,7 +146,7 @@ class Ending:
             value = self.best.metrics[self.best.main]
             yield 'best', f'{self.best.main} {value:.4g}{at}' + (f' ({others})' if others else '')
         if self.teacher is not None:
-            yield 'teacher', f'{self.teacher:.4g}'
+            yield 'teacher', f'{self.teacher:.4g} {self.teacher_on}'.rstrip()
         first, last = self.share
         if first is None or last is None:
             yield 'KD share', 'KD was never on'
@@ -170,6 +172,7 @@ class Ending:
                 'best': None if self.best is None else {'at': self.best.at, 'metrics': dict(self.best.metrics)},
                 'metric': None if self.best is None else self.best.main,
                 'teacher': self.teacher,
+                'teacher_on': self.teacher_on or None,
                 'student': None
                 if student is None
                 else {

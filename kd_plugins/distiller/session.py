@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.balance import AIM, Balance
 from kd_plugins.distiller.bank import AdapterBank
+from kd_plugins.distiller.history import History
 from kd_plugins.distiller.host import Host, Position
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
@@ -64,6 +65,7 @@ class Session(Apart):
         optimizer: That of the adapters, between :meth:`attach` and :meth:`detach`.
         follows: The student's optimizer, between the same.
         position: Where in the run the next iteration is; set by the host.
+        history: What was logged so far.
         notes: What the check found worth saying.
 
     Raises:
@@ -89,6 +91,7 @@ class Session(Apart):
         self.window, self.alpha, self.pseudo = Window() if window is None else window, alpha, pseudo
         self.position = Position()
         self.balance = Balance()
+        self.history = History()
         self.bank = AdapterBank()
         self.parts = Parts(self.bank, resolve)
         self.notes: list[str] = []
@@ -182,6 +185,12 @@ class Session(Apart):
     def weight(self, term: Term) -> float:
         """A term's weight at the current position."""
         return term.weight(self.position.progress)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term at the current position, 0 while it is off."""
+        on = {t.name for t in self.live}
+        return {name: self.weight(t) if name in on else 0.0 for name, t in self.terms.items()}
 
     def begin_iteration(self, position: Position) -> None:
         """A training iteration begins; the one before must have asked for :meth:`losses` if KD was on.

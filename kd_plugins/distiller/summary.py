@@ -14,6 +14,8 @@ from kd_plugins.predictions import Classes
 #: No line is longer, but for a word that is.
 WIDTH = 100
 _GAP = '  '
+#: How classes are matched where only their number is known.
+ASSUMED = 'same number of classes, names of one side unknown: assumed to be in the same order'
 #: Where a cell may be broken: between words, and where there is no room for one inside paths and CamelCase.
 _SEAM = re.compile(r'(\s+|(?<=[./:_])(?=\w)|(?<=[a-z])(?=[A-Z]))')
 
@@ -52,6 +54,7 @@ def summary(
     classes: Mapping[str, str],
     schedule: str,
     notes: Sequence[str] = (),
+    scores: Mapping[str, object] | None = None,
 ) -> str:
     """The summary as text.
 
@@ -63,6 +66,7 @@ def summary(
         classes: How class sets were matched, by teacher.
         schedule: When KD is on.
         notes: More lines, e.g. keys that were allowed to be missing.
+        scores: What teachers reached on validation images, by name, see `TeacherScore`.
     """
     facts: list[tuple[str, str]] = [('student', f'{student}, {count(student_parameters)} parameters')]
     for name, teacher in teachers.items():
@@ -73,6 +77,8 @@ def summary(
             ('input', teacher.normalization),
             ('classes', classes[name]),
         ]
+        if scores is not None and name in scores:
+            facts.append(('scored', str(scores[name])))
     facts += [('active', schedule), *(('note', n) for n in notes)]
     table: list[Sequence[str]] = [('term', 'loss', 'weight', 'side', 'tap', 'what is there', 'adapter')]
     for row in rows:
@@ -152,7 +158,7 @@ def classes_text(
         knows = '' if teacher is None else f' (teacher knows {len(teacher)})'
         return f'{len(chosen)} of {len(names)} student classes taught by name{knows}{shown}'
     if student is None or teacher is None:
-        return 'same number of classes, names of one side unknown: assumed to be in the same order'
+        return ASSUMED
     return f'the same {len(student)} classes'
 
 

@@ -50,7 +50,7 @@ def example_batch(runner: Any, model: nn.Module, images: int = 1) -> tuple[Tenso
     """
     loader = runner.train_loop.dataloader
     like = next(model.parameters())
-    with untouched_rng(), _untouched_messages():
+    with untouched_rng(), untouched_messages():
         batch = _real_batch(loader, model, images)
         if batch is None:
             batch = grey_batch(model, getattr(loader, 'dataset', None), like.device, images), None
@@ -102,7 +102,8 @@ def grey_batch(model: nn.Module, dataset: Any, device: torch.device, images: int
 
 
 @contextmanager
-def _untouched_messages() -> Iterator[None]:
+def untouched_messages() -> Iterator[None]:
+    """Leave what is known of the run in MMEngine's message hub as it was found."""
     information = MessageHub.get_current_instance().runtime_info
     before = dict(information)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.distiller.balance import PERIOD
-from kd_plugins.distiller.ending import Ending, Validations, share_of, shorter, write_text
+from kd_plugins.distiller.ending import Ending, Validations, numbers_of, share_of, shorter, write_text
+from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.mm.data import class_names, pipelines
@@ -38,9 +41,17 @@ from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
 from kd_plugins.mm.resume import STATE, forget
+from kd_plugins.mm.scoring import MMScorer
 from kd_plugins.mm.teacher import TEACHER_KEYS, num_classes
 from kd_plugins.registry import HOOKS
-from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
+from kd_plugins.teachers.run import (
+    RunOptions,
+    load_teachers,
+    match_teachers,
+    open_session,
+    score_session,
+    score_warnings,
+)
 
 
 @HOOKS.register_module()
@@ -85,9 +96,18 @@ class DistillHook(Hook):
         imports: Modules of your own losses, forms, schedules and the like.
         pseudo_labels: Lowest score, or ``dict(score=0.4, iou=0.7, nms=0.65)``, of what the teacher detects to become a
             label where there is none, while KD is on. None: labels stay as they are.
+        score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
+            iteration, with the run's own evaluator; False for none. None: 32, but no more than a twentieth of the
+            images that the run trains on, and none where that is fewer than 8.
         pixel_format: ``dict(mean=, std=, rgb=, pad=)`` of the student's batches, where it cannot be established.
 
     ``teacher`` and ``terms`` are omitted when the model is ``kd_plugins.Distilled``, which carries them.
+
+    Attributes:
+        session: What distils; None before the training.
+        summary: The table that was printed at the start, None before.
+        teacher_metric: The teacher's value of the compared metric, of several teachers the best's. None: not measured,
+            see ``score_teacher``.
 
     Raises:
         DistillError: In ``before_train``, before the first iteration, for everything that does not fit.
@@ -115,8 +135,17 @@ class DistillHook(Hook):
         self._resumed: Mapping[str, Any] | None = None
         self._validations = Validations()
         self._began = (0, 0.0)
-        #: Of the compared metric, where somebody has measured it.
+        self.summary: str | None = None
         self.teacher_metric: float | None = None
+        self._teacher_on = ''
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What was logged, a row per epoch (per interval of the log where the run has no epochs), see `History.rows`.
+
+        ``pandas.DataFrame(hook.history)`` is a table of it.
+        """
+        return [] if self.session is None else self.session.history.rows
 
     def __deepcopy__(self, memo: dict) -> DistillHook:
         # A copy of the model made during training copies its forward hooks, and with them this object's references.
@@ -158,6 +187,9 @@ class DistillHook(Hook):
                 f'start={self.session.window.start} is not before the end of the run ({total} {unit}s): KD would never '
                 'run.'
             )
+        scores, more = self._score(runner, options, names)
+        self.teacher_metric, self._teacher_on = best_of(scores.values())
+        notes += more
         self._attach(model, runner)
         # Of terms that a resumed run had under another name.
         forget(runner.message_hub.log_scalars, keep=self.session.terms)
@@ -169,26 +201,50 @@ class DistillHook(Hook):
             classes=classes,
             schedule=schedule_text(self.session.window, unit, total, self.session.alpha),
             notes=[*notes, *self.session.notes],
+            scores=scores,
         )
+        self.summary = text
         runner.logger.info(text)
+        for sentence in score_warnings(self.session, scores, classes):
+            runner.logger.warning(sentence)
         if is_main_process():
             write_text(runner.log_dir, text)
         self._validations, self._began = Validations(), (done, time.monotonic())
+
+    def _score(
+        self, runner: Any, options: RunOptions, names: Sequence[str] | None
+    ) -> tuple[dict[str, TeacherScore], list[str]]:
+        """Score the teachers on some validation images, in every process alike: a sharded student runs in all."""
+        loop = runner.train_loop
+        images = getattr(loop.dataloader, 'batch_size', None) or 1
+        wanted = images_wanted(options.score_teacher, runner.max_iters * images)
+        if not wanted:
+            return {}, []
+        model = self.session.student
+        scorer = None if runner.val_loop is None else MMScorer(runner, self.session, self._host, wanted)
+        if names is None:
+            with contextlib.suppress(DistillError):
+                names = _dataset_classes(runner)
+        return score_session(self.session, scorer, names, options, num_classes(model), started=bool(runner.iter))
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Tell schedules where the run is."""
         self.session.begin_iteration(position_of(runner))
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Without epochs, warn when KD was out of proportion for a while."""
-        if isinstance(runner.train_loop, IterBasedTrainLoop) and (
-            self.every_n_train_iters(runner, PERIOD) or self.is_last_train_iter(runner)
-        ):
+        """Without epochs, keep what was logged, and warn when KD was out of proportion for a while."""
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            return
+        last = self.is_last_train_iter(runner)
+        if last or self.every_n_train_iters(runner, _log_interval(runner)):
+            self.session.history.close('iteration', runner.iter + 1, self.session.weights)
+        if last or self.every_n_train_iters(runner, PERIOD):
             self._judge(runner, f'iteration {runner.iter + 1}')
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Warn when KD was out of proportion for the whole epoch; once per direction."""
+        """Keep what was logged, and warn when KD was out of proportion for the whole epoch; once per direction."""
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            self.session.history.close('epoch', runner.epoch + 1, self.session.weights)
             self._judge(runner, f'epoch {runner.epoch + 1}')
 
     def _judge(self, runner: Any, when: str) -> None:
@@ -200,7 +256,12 @@ class DistillHook(Hook):
         """Keep the best."""
         if self.session is not None and metrics:
             main, self._validations.greater = main_metric(runner, metrics, self._host.task.metrics)
-            self._validations.add(metrics, main, unit_of(runner)[1])
+            unit, at, _ = unit_of(runner)
+            self._validations.add(metrics, main, at)
+            history = self.session.history
+            if history.at(unit) < at:
+                history.close(unit, at, self.session.weights)
+            history.measured(main, numbers_of(metrics).get(main, math.nan))
 
     def after_train(self, runner: Any) -> None:
         """Leave the model as it was found, write the plain student, and say what came out."""
@@ -240,6 +301,7 @@ class DistillHook(Hook):
             share=share_of(self.session.balance, self.session.alpha),
             best=best,
             teacher=self.teacher_metric,
+            teacher_on=self._teacher_on,
             student=student,
             notes=tuple(notes),
             folder=shorter(runner.log_dir),
@@ -326,6 +388,7 @@ class DistillHook(Hook):
                 own = 1 - self.session.alpha
                 output = {k: map_tensors(v, lambda x: x * own) if 'loss' in k else v for k, v in output.items()}
                 task = task * own
+            self.session.history.add(kd, task, taught)
         # No "loss" in its name: logged, not optimised.
         ratio = taught / task.clamp(min=torch.finfo(torch.float32).tiny)
         return {**output, **kd, 'kd_ratio': ratio}
@@ -387,6 +450,11 @@ def _refuse_data_set(runner: Any, model: nn.Module, names: Sequence[str] | None)
             f'train_dataloader makes not one batch of its {len(loader.dataset)} images: write less than '
             f'batch_size={loader.batch_size}, or keep the last batch (drop_last={loader.drop_last}).'
         )
+
+
+def _log_interval(runner: Any) -> int:
+    """Iterations after which the run's log has a line."""
+    return next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), PERIOD)
 
 
 def _clip(wrapper: Any, parameters: Sequence[nn.Parameter]) -> None:

@@ -125,6 +125,12 @@ class ModelTeacher(Apart):
             self._cut(capture, tuple(prepared.shape[-2:]), (height, width))
         return capture
 
+    @torch.no_grad()
+    def call(self, inputs: Any, samples: Any, function: Callable[[nn.Module, Any], Any]) -> Any:
+        """What ``function(model, prepared)`` returns for the student's processed batch as the teacher is given it."""
+        prepared = self._prepare(inputs, samples)
+        return function(self.model, prepared if self._padding is None else self._padding(prepared))
+
     def _cut(self, capture: Capture, padded: tuple[int, ...], inside: tuple[int, int]) -> None:
         """Take off the outputs what padding added: images of ``inside`` pixels were given as ``padded`` ones."""
         assert self._padding is not None

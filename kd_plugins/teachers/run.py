@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
-from kd_plugins.distiller.summary import classes_text
+from kd_plugins.distiller.scoring import UNNAMED, Scorer, TeacherScore, check_score_teacher, score_teachers
+from kd_plugins.distiller.summary import ASSUMED, classes_text
 from kd_plugins.distiller.terms import Lookup, Resolver, loss_parameters, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.predictions import Classes, match_classes
@@ -20,7 +21,7 @@ from kd_plugins.teachers.sources import build_source, find_source
 
 #: What a run is told, whatever the zoo.
 KEYS: tuple[str, ...] = ('teacher', 'teachers', 'terms', 'recipe', 'options', 'start', 'stop', 'alpha')
-KEYS += ('class_map', 'imports', 'pseudo_labels')
+KEYS += ('class_map', 'imports', 'pseudo_labels', 'score_teacher')
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RunOptions:
         class_map: The teacher's name for a class of the student, ``{student name: teacher name}``, where they differ.
         imports: Modules of the user's own losses, adapters, forms, schedules, weightings and kinds of teachers.
         pseudo_labels: Which detections of the teachers become labels; None: none.
+        score_teacher: Validation images that the teachers are scored on before the first iteration, True for 32, False
+            for none. None: as many as cost little.
     """
 
     teachers: Mapping[str, Any]
@@ -45,6 +48,7 @@ class RunOptions:
     class_map: Mapping[str, str] | None = None
     imports: Sequence[str] = ()
     pseudo_labels: PseudoLabels | None = None
+    score_teacher: bool | int | None = None
 
     @classmethod
     def read(cls, options: Any, task: str = '', where: str = 'distill', more: Lookup | None = None) -> RunOptions:
@@ -96,6 +100,7 @@ class RunOptions:
             class_map=check_class_map(options.get('class_map')),
             imports=options.get('imports', ()),
             pseudo_labels=PseudoLabels.read(options.get('pseudo_labels')),
+            score_teacher=check_score_teacher(options.get('score_teacher')),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +116,7 @@ class RunOptions:
             'class_map': self.class_map,
             'imports': list(self.imports),
             'pseudo_labels': None if self.pseudo_labels is None else self.pseudo_labels.to_dict(),
+            'score_teacher': self.score_teacher,
         }
 
 
@@ -224,6 +230,64 @@ def match_teachers(
     }
     session.set_classes(found)
     return {n: classes_text(names, t.classes, found.get(n), n in compared) for n, t in session.teachers.items()}
+
+
+def score_session(
+    session: Session,
+    scorer: Scorer | None,
+    names: Sequence[str] | None,
+    options: RunOptions,
+    count: int | None,
+    started: bool = False,
+) -> tuple[dict[str, TeacherScore], list[str]]:
+    """Score the teachers of a session that have something of their own to teach.
+
+    Args:
+        session: The checked session, whose classes are matched.
+        scorer: The host's, None where the run has no validation.
+        names: Names of the student's classes.
+        options: What the run is told.
+        count: Classes the student's head predicts.
+        started: Whether the student is in the middle of its training, and no measure of its teacher.
+
+    Returns:
+        The scores by name of the teacher, and notes for the summary.
+    """
+    classes: dict[str, Classes] = {}
+    notes = []
+    for name, teacher in session.teachers.items():
+        if not teacher.own_classes:
+            # It is made from the student.
+            continue
+        if session.by_class(name):
+            classes[name] = session.classes[name]
+            continue
+        try:
+            classes[name] = pair_classes(
+                names, teacher.classes, options.class_map, student_count=count, teacher_count=teacher.num_classes
+            )
+        except DistillError:
+            notes.append('the teacher was not scored: it predicts other classes than the student')
+    if not classes:
+        return {}, notes
+    scores, more = score_teachers(scorer, classes, names, student=not started)
+    return scores, [*notes, *more]
+
+
+def score_warnings(session: Session, scores: Mapping[str, TeacherScore], classes: Mapping[str, str]) -> list[str]:
+    """What is to be warned of before the first iteration, each in a sentence.
+
+    Args:
+        session: The session.
+        scores: Of its teachers, as far as they were scored.
+        classes: How classes were matched, by teacher, see `match_teachers`.
+    """
+    found = []
+    for name, teacher in session.teachers.items():
+        assumed = classes[name] == ASSUMED and teacher.own_classes and teacher.num_classes != 1
+        said = scores[name].warnings(assumed) if name in scores else [UNNAMED] if assumed else []
+        found += [f'teacher {name!r}: {sentence}' if name else sentence for sentence in said]
+    return found
 
 
 def pair_classes(

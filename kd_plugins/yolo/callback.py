@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,21 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.distiller.ending import write_text
+from kd_plugins.distiller.history import History
+from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
 from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.extras import how_to_install
 from kd_plugins.predictions import MaskPredictions, readable
 from kd_plugins.teachers import ULTRALYTICS, find_source
-from kd_plugins.teachers.run import RunOptions, load_teachers, match_teachers, open_session
+from kd_plugins.teachers.run import (
+    RunOptions,
+    load_teachers,
+    match_teachers,
+    open_session,
+    score_session,
+    score_warnings,
+)
 from kd_plugins.yolo.ending import ending_of
 from kd_plugins.yolo.example import example_batch
 from kd_plugins.yolo.heads import head_of, is_end_to_end, refuse_unsupported
@@ -37,6 +46,7 @@ from kd_plugins.yolo.log import begin_columns
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
 from kd_plugins.yolo.run import Run
+from kd_plugins.yolo.scoring import MAIN, UltralyticsScorer
 from kd_plugins.yolo.task import CLASSIFICATION, TASKS
 from kd_plugins.yolo.teacher import class_count, class_names, find_teacher, input_channels
 
@@ -46,6 +56,7 @@ EVENTS = (
     'on_train_epoch_start',
     'on_train_batch_start',
     'on_train_epoch_end',
+    'on_fit_epoch_end',
     'on_train_end',
     'teardown',
 )
@@ -76,6 +87,9 @@ class DistillCallback:
 
     Attributes:
         options: The checked options; files have absolute paths.
+        summary: The table that was printed at the start of the training that began last, None before.
+        teacher_metric: The teacher's value of the compared metric, of several teachers the best's. None: not measured,
+            see ``score_teacher``.
 
     Raises:
         DistillError: An option is misspelt or cannot be right, or the teacher's file is missing.
@@ -93,17 +107,30 @@ class DistillCallback:
             checked = DistillOptions(given, **options)
         # Absolute: the processes on several GPUs start in another folder.
         self.options = _found(checked)
-        #: Of the compared metric, where somebody has measured it.
-        self.teacher_metric: float | None = None
-        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
         return {'options': self.options.to_dict()}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.options = DistillOptions.from_dict(state['options'])
-        self.teacher_metric = None
-        self._runs = weakref.WeakKeyDictionary()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.teacher_metric: float | None = None
+        self._teacher_on = ''
+        self.summary: str | None = None
+        self._history = History()
+        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What the training that began last logged, a row per epoch, see `History.rows`.
+
+        ``pandas.DataFrame(callback.history)`` is a table of it. On several GPUs trainings are processes of their own,
+        and it stays empty here.
+        """
+        return self._history.rows
 
     @property
     def session(self) -> Session | None:
@@ -179,6 +206,11 @@ class DistillCallback:
             rows = session.check(images, batch)
         if batch is None:
             notes.append('checked on a grey picture: the validation set gave no item before the run')
+        scores: dict[str, TeacherScore] = {}
+        if is_main():
+            scores, more = self._score(trainer, session, host, options, names)
+            notes += more
+        self.teacher_metric, self._teacher_on = best_of(scores.values())
         run = Run(session, host)
         run.attach(trainer)
         if is_main():
@@ -190,14 +222,19 @@ class DistillCallback:
                 classes=classes,
                 schedule=schedule_text(session.window, 'epoch', trainer.epochs, session.alpha),
                 notes=[*notes, *session.notes, *host.task.notes],
+                scores=scores,
             )
+            self.summary = text
             logger().info(f'\n{text}\n')
+            for sentence in score_warnings(session, scores, classes):
+                logger().warning(sentence)
             write_text(trainer.save_dir, text)
             if trainer.resume:
                 begin_columns(Path(trainer.csv))
             write_recipe(os.path.join(trainer.save_dir, FILE), self.options, options, session)
         run.batches = max(len(trainer.train_loader), 1)
         self._runs[trainer] = run
+        self._history = session.history
 
     def on_train_epoch_start(self, trainer: Any) -> None:
         """Tell the schedules where the run is; an epoch that is done again (OOM, NaN recovery) starts anew."""
@@ -219,9 +256,20 @@ class DistillCallback:
         if run is None:
             return
         run.end_epoch(trainer, write=is_main())
+        run.session.history.close('epoch', trainer.epoch + 1, run.session.weights)
         verdict = run.session.proportion()
         if verdict is not None and is_main():
             logger().warning(f'{verdict} (epoch {trainer.epoch + 1}).')
+
+    def on_fit_epoch_end(self, trainer: Any) -> None:
+        """Keep what the validation of the epoch measured; that of the best model at the end is none."""
+        run = self._runs.get(trainer)
+        if run is None or trainer.fitness is None:
+            return
+        history = run.session.history
+        validated = trainer.args.val or trainer.stop or trainer.epoch + 1 >= trainer.epochs
+        if validated and history.at('epoch') == trainer.epoch + 1:
+            history.measured(MAIN, float(trainer.fitness))
 
     def on_train_end(self, trainer: Any) -> None:
         """Say what came out, and when the run was never distilled; not called after a crash."""
@@ -231,7 +279,7 @@ class DistillCallback:
         never = run.session.finish()
         if never is not None:
             logger().warning(never)
-        ending = ending_of(trainer, run, self.teacher_metric)
+        ending = ending_of(trainer, run, self.teacher_metric, self._teacher_on)
         ending.write()
         logger().info(f'\n{ending.text()}\n')
 
@@ -244,6 +292,23 @@ class DistillCallback:
         run = self._runs.pop(trainer, None)
         if run is not None:
             run.detach()
+
+    @staticmethod
+    def _score(
+        trainer: Any, session: Session, host: UltralyticsHost, options: RunOptions, names: Sequence[str] | None
+    ) -> tuple[dict[str, TeacherScore], list[str]]:
+        """Score the teachers on some validation images."""
+        loader = trainer.train_loader
+        size = getattr(loader, 'batch_size', None) or max(int(trainer.args.batch), 1)
+        wanted = images_wanted(options.score_teacher, len(loader) * size * trainer.epochs)
+        if not wanted:
+            return {}, []
+        validates = (
+            getattr(trainer, 'validator', None) is not None and getattr(trainer, 'test_loader', None) is not None
+        )
+        scorer = UltralyticsScorer(trainer, session, host, wanted) if validates else None
+        count = class_count(session.student)
+        return score_session(session, scorer, names, options, count, started=bool(trainer.start_epoch))
 
     def _open(self, student: nn.Module, host: UltralyticsHost) -> tuple[RunOptions, Session, list[str]]:
         """Load the teachers, each once; whether masks are taught by default depends on them."""

@@ -10,13 +10,14 @@ from kd_plugins.distiller.ending import Best, Ending, Student, numbers_of, share
 from kd_plugins.yolo.run import Run
 
 
-def ending_of(trainer: Any, run: Run, teacher: float | None = None) -> Ending:
+def ending_of(trainer: Any, run: Run, teacher: float | None = None, teacher_on: str = '') -> Ending:
     """What came out of a run.
 
     Args:
         trainer: The trainer, after its final evaluation of the best model.
         run: What was distilled.
         teacher: The teacher's value of the compared metric, where it is known.
+        teacher_on: Which images it was measured on, in words, where these were not all.
     """
     # Ultralytics keeps the best and the last, strips both, and has measured the best again when it calls this.
     found = next(((path, name) for path, name in _files(trainer) if path.is_file()), None)
@@ -39,6 +40,7 @@ def ending_of(trainer: Any, run: Run, teacher: float | None = None) -> Ending:
         share=share_of(run.session.balance, run.session.alpha),
         best=best,
         teacher=teacher,
+        teacher_on=teacher_on,
         student=None if found is None else _student(trainer, *found),
         notes=tuple(notes),
         folder=shorter(trainer.save_dir),

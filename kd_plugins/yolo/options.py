@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_plugins.distiller import resolver_of
 from kd_plugins.distiller.schedules import build_schedule
+from kd_plugins.distiller.scoring import check_score_teacher
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.run import RunOptions, check_alpha, check_class_map
@@ -100,6 +101,9 @@ class DistillOptions:
         pseudo_labels: What the teacher detects becomes a label where there is none, while KD is on: the lowest score of
             such a detection, or ``dict(score=0.4, iou=0.7, nms=0.65)``. For data in which classes that the teacher
             knows are not labelled. Default None: labels stay as they are.
+        score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
+            epoch, with the run's own validator; False for none. Default None: 32, but no more than a twentieth of the
+            images that the run trains on, and none where that is fewer than 8.
         start: First epoch with KD, counted from 0.
         stop: First epoch without it again. None: to the end.
         trusted: Allow the teacher's file to run code while it is loaded.
@@ -131,6 +135,7 @@ class DistillOptions:
     classes: Sequence[str] | None = None
     class_map: Mapping[str, str] | None = None
     pseudo_labels: Any = None
+    score_teacher: bool | int | None = None
     start: int = 0
     stop: int | None = None
     trusted: bool = False
@@ -170,6 +175,7 @@ class DistillOptions:
             raise DistillError(f'options must be a mapping such as {{weight: 3}}, got {self.options!r}.')
         check_alpha(self.alpha)
         PseudoLabels.read(self.pseudo_labels)
+        check_score_teacher(self.score_teacher)
         for name in ('start', 'stop'):
             value = getattr(self, name)
             if value is None and name == 'stop':
@@ -301,6 +307,7 @@ class DistillOptions:
             class_map=self.class_map,
             imports=self.imports,
             pseudo_labels=self.pseudo_labels,
+            score_teacher=self.score_teacher,
             options=changes or None,
         )
         return RunOptions.read(options, 'classification' if classifier else 'detection', 'the distillation')

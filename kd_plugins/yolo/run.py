@@ -198,6 +198,7 @@ class Run:
         self.session.balance.add(task, taught)
         if self.session.alpha is not None:
             loss, task = (v * (1 - self.session.alpha) for v in (loss, task))
+        self.session.history.add(values, task, taught)
         # Finite where there is nothing but KD.
         logged[RATIO] = taught / task.clamp(min=1e-6)
         loss = torch.cat([loss, kd.to(loss.dtype).view(1)]) if loss.dim() else loss + kd
