@@ -6,7 +6,7 @@ import os
 import runpy
 import shutil
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,17 @@ INSTEAD = {
     'kd_stop=280': 'kd_stop=1',
     'weight=1,3,10': 'weight=1,3',
     'epoch_300.pth': 'epoch_1.pth',
+    '--out big.py': '--epochs 1 -b 2 -j 0 --out big.py',
+    '--out small.py \\\n    --student': '--epochs 1 -b 2 -j 0 --out small.py --student',
+    '--out small.py \\\n    --classes': '--iters 2 -b 2 -j 0 --out small.py --classes',
     # Sizes.
     '--batch-size 64 --img-size 224': '--batch-size 8 --img-size 32 --workers 0',
     '--data my_images --teacher': '--data my_images --epochs 1 --batch-size 8 --img-size 32 --workers 0 --teacher',
     # Models whose training or whose data set is too big.
     '--model resnet18': '--model test_resnet',
     'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py': './my_plain_config.py',
+    'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py': 'my_plain_config.py',
+    'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': 'my_plain_config.py',
     'mmdet::yolox/yolox_l_8xb8-300e_coco.py': 'my_teacher.py',
     'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py': f'{Path.cwd.__name__}',
     'mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py': 'my_big_segmentor.py',
@@ -63,6 +68,24 @@ def detectors(labs, student='my_small.py', teacher='my_big.py', weights='big.pth
     pair(labs, 'detection', student, teacher, weights, 'yolox')
 
 
+def own_coco(labs):
+    root = labs('detection').root
+    for name in ('train.json', 'val.json'):
+        shutil.copy(root / 'annotations.json', name)
+    shutil.copytree(root / 'images', 'images')
+
+
+def own_maps(labs):
+    """Folders of images and maps, and a teacher as a run leaves it: its config beside its weights."""
+    root = labs('segmentation').root
+    for part in ('train', 'val'):
+        shutil.copytree(root / 'images', f'images/{part}')
+        shutil.copytree(root / 'labels', f'maps/{part}')
+    Path('work_dirs/big').mkdir(parents=True)
+    shutil.copy('my_big_segmentor.py', 'work_dirs/big')
+    shutil.copy('big.pth', 'work_dirs/big/iter_80000.pth')
+
+
 def segmentors(labs, student='my_segmentor.py', teacher='my_big_segmentor.py'):
     pair(labs, 'segmentation', student, teacher, 'big.pth', 'fcn')
 
@@ -90,8 +113,11 @@ def ultralytics(labs):
 #: What lies in the folder of a page, of the kinds of files that its reader has.
 FILES = {
     'README.md': [detectors, classifier, ultralytics],
-    'docs/start/mmdet.md': [lambda labs: detectors(labs, 'my_plain_config.py', 'my_teacher.py', 'yolox_l.pth')],
-    'docs/start/mmseg.md': [segmentors],
+    'docs/start/mmdet.md': [
+        lambda labs: detectors(labs, 'my_plain_config.py', 'my_teacher.py', 'yolox_l.pth'),
+        own_coco,
+    ],
+    'docs/start/mmseg.md': [segmentors, own_maps],
     'docs/start/timm.md': [classifier],
     'docs/start/ultralytics.md': [ultralytics],
     'docs/recipes.md': [lambda labs: segmentors(labs, 'my_config.py', 'big.py'), ultralytics],
@@ -134,7 +160,6 @@ def run_python(body: str) -> None:
     HOOKS.build(config.default_hooks.distill)
 
 
-RUN = dict(bash=lambda body: None, python=run_python)
 WITH_BLOCKS = [page for page in PAGES if any('' not in b.excuses for b in read(page))]
 
 
@@ -149,17 +174,11 @@ def test_a_page_runs(page, labs, tmp_path, monkeypatch):
     for block in read(page):
         if '' in block.excuses:
             continue
-        steps = (
-            [(run_python, shrunk(block.body))]
-            if block.language == 'python'
-            else [
-                (run_command, words) for words in type(block)(**{**vars(block), 'body': shrunk(block.body)}).commands()
-            ]
-        )
-        for do, what in steps:
+        block = replace(block, body=shrunk(block.body))
+        python = block.language == 'python'
+        for what in [block.body] if python else block.commands():
             try:
-                with nullcontext():
-                    do(what)
+                (run_python if python else run_command)(what)
             except (Exception, SystemExit) as error:
                 if not (isinstance(error, SystemExit) and error.code in (None, 0)):
                     failed.append(f'line {block.line}: {what}\n    {type(error).__name__}: {str(error)[:600]}')
