@@ -8,10 +8,11 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from kd_plugins.cli import find_command
+from kd_plugins.cli import COMMANDS, find_command
 from tests.doc_blocks import PAGES, ROOT, read
 
 #: What the manual says: what is run instead, on every page. The only place where sizes shrink.
@@ -28,6 +29,8 @@ INSTEAD = {
     '--out big.py': '--epochs 1 -b 2 -j 0 --out big.py',
     '--out small.py \\\n    --student': '--epochs 1 -b 2 -j 0 --out small.py --student',
     '--out small.py \\\n    --classes': '--iters 2 -b 2 -j 0 --out small.py --classes',
+    # Not over the one of this repository.
+    'tools/draw_results.py': 'tools/draw_results.py --out results.png',
     # Sizes.
     '--batch-size 64 --img-size 224': '--batch-size 8 --img-size 32 --workers 0',
     '--data my_images --teacher': '--data my_images --epochs 1 --batch-size 8 --img-size 32 --workers 0 --teacher',
@@ -37,7 +40,7 @@ INSTEAD = {
     'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py': 'my_plain_config.py',
     'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': 'my_plain_config.py',
     'mmdet::yolox/yolox_l_8xb8-300e_coco.py': 'my_teacher.py',
-    'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py': f'{Path.cwd.__name__}',
+    'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py': 'my_segmentor.py',
     'mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py': 'my_big_segmentor.py',
     'pspnet_r101.pth': 'big.pth',
     'timm::regnety_160.deit_in1k': 'timm::test_resnet.r160_in1k',
@@ -66,6 +69,10 @@ def pair(labs, kind, student, teacher, weights, family):
 
 def detectors(labs, student='my_small.py', teacher='my_big.py', weights='big.pth'):
     pair(labs, 'detection', student, teacher, weights, 'yolox')
+
+
+def plain_detectors(labs):
+    detectors(labs, 'my_plain_config.py', 'my_teacher.py', 'yolox_l.pth')
 
 
 def own_coco(labs):
@@ -113,10 +120,7 @@ def ultralytics(labs):
 #: What lies in the folder of a page, of the kinds of files that its reader has.
 FILES = {
     'README.md': [detectors, classifier, ultralytics],
-    'docs/start/mmdet.md': [
-        lambda labs: detectors(labs, 'my_plain_config.py', 'my_teacher.py', 'yolox_l.pth'),
-        own_coco,
-    ],
+    'docs/start/mmdet.md': [plain_detectors, own_coco],
     'docs/start/mmseg.md': [segmentors, own_maps],
     'docs/start/timm.md': [classifier],
     'docs/start/ultralytics.md': [ultralytics],
@@ -131,7 +135,12 @@ def run_command(words: list[str]) -> None:
         words = words[1:]
     if words[0] == 'python':
         assert (ROOT / words[1]).is_file(), words[1]
-        words = ['kd-plugins', Path(words[1]).stem.replace('_', '-'), *words[2:]]
+        name = Path(words[1]).stem.replace('_', '-')
+        if name not in COMMANDS:
+            with mock.patch.object(sys, 'argv', words[1:]):
+                runpy.run_path(str(ROOT / words[1]), run_name='__main__')
+            return
+        words = ['kd-plugins', name, *words[2:]]
     if words[0] == 'kd-plugins':
         words = [str(ROOT / w) if w.startswith('configs/') else w for w in words]
         find_command(words[1])(words[2:])
