@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from kd_plugins.cli import COMMANDS, find_command
+from kd_plugins.predictions import readers
 from tests.doc_blocks import PAGES, ROOT, read
 
 #: What the manual says: what is run instead, on every page. The only place where sizes shrink.
@@ -117,6 +118,16 @@ def ultralytics(labs):
     save_teacher(Path('yolo11x.pt'), 'yolov8n.yaml')
 
 
+def more_classes(labs):
+    """Two sets: the old model knows the first two of the new one's three classes."""
+    from tests.integration.yolo_lab import COLOURS, save_teacher, write_data
+
+    shutil.copy(write_data(Path.cwd() / 'data'), 'new_classes.yaml')
+    save_teacher(Path('old.pt'), 'yolov8n.yaml', names=tuple(COLOURS)[:2])
+    detectors(labs, 'my_config.py', 'old_config.py', 'old.pth')
+    shutil.copy('old_config.py', 'my_config.py')
+
+
 #: What lies in the folder of a page, of the kinds of files that its reader has.
 FILES = {
     'README.md': [detectors, classifier, ultralytics],
@@ -124,6 +135,7 @@ FILES = {
     'docs/start/mmseg.md': [segmentors, own_maps],
     'docs/start/timm.md': [classifier],
     'docs/start/ultralytics.md': [ultralytics],
+    'docs/incremental.md': [more_classes],
     'docs/recipes.md': [lambda labs: segmentors(labs, 'my_config.py', 'big.py'), ultralytics],
     'docs/measuring.md': [detectors, classifier, ultralytics],
 }
@@ -176,7 +188,7 @@ WITH_BLOCKS = [page for page in PAGES if any('' not in b.excuses for b in read(p
 @pytest.mark.parametrize('page', WITH_BLOCKS, ids=[str(p.relative_to(ROOT)) for p in WITH_BLOCKS])
 def test_a_page_runs(page, labs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['test'])
+    monkeypatch.setattr(readers, '_readers', dict(readers._readers))  # what a snippet registers ends with its page
     for put in FILES.get(str(page.relative_to(ROOT)), ()):
         put(labs)
     failed = []
