@@ -118,6 +118,15 @@ def ultralytics(labs):
     save_teacher(Path('yolo11x.pt'), 'yolov8n.yaml')
 
 
+def yolo_maps(labs):
+    """A COCO set in folders of its own."""
+    own_coco(labs)
+    for part in ('train', 'val'):
+        shutil.copytree('images', f'all/{part}')
+    shutil.rmtree('images')
+    shutil.move('all', 'images')
+
+
 def more_classes(labs):
     """Two sets: the old model knows the first two of the new one's three classes."""
     from tests.integration.yolo_lab import COLOURS, save_teacher, write_data
@@ -137,7 +146,7 @@ FILES = {
     'docs/start/ultralytics.md': [ultralytics],
     'docs/incremental.md': [more_classes],
     'docs/recipes.md': [lambda labs: segmentors(labs, 'my_config.py', 'big.py'), ultralytics],
-    'docs/measuring.md': [detectors, classifier, ultralytics],
+    'docs/measuring.md': [detectors, ultralytics, yolo_maps],
 }
 
 
