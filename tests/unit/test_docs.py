@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r'^ *```(\w*)\n(.*?)^ *```', re.MULTILINE | re.DOTALL)
-TOOLS = {'train', 'test', 'compare', 'demo', 'benchmark', 'coco_to_yolo', 'prepare_digits'}
+TOOLS = {'train', 'test', 'compare', 'demo', 'benchmark', 'coco_to_yolo', 'prepare_digits', 'draw_results'}
 
 
 def text_of(page):
