@@ -15,13 +15,14 @@ TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --tb=short --
 UNIT = $(TEST) tests/unit
 REAL = $(TEST) tests/integration
 
-.PHONY: help install demo test test-unit test-real lint format docs clean
+.PHONY: help install demo test test-unit test-real test-long lint format docs clean
 
 help:
 	@echo 'make demo       install if needed, then the whole comparison on real images (DEMO_ARGS="--seeds 3")'
 	@echo 'make test       install if needed, then lint, unit tests and real runs'
 	@echo 'make install    virtual environment, frameworks, this project; does nothing when up to date'
 	@echo 'make test-unit | test-real | lint    one lane of make test (PYTEST_ARGS="-k name")'
+	@echo 'make test-long  the real runs that take minutes each: before a release'
 	@echo 'make docs       the manual as pages under build/docs'
 	@echo 'make format     let ruff format and mend the sources'
 	@echo 'make clean      remove caches and build leftovers, keep the virtual environment'
@@ -49,6 +50,10 @@ test-unit: install
 
 test-real: install
 	@$(REAL)
+
+# What would not fit into twenty minutes: compiled models, all comparisons, every page of the manual.
+test-long: install
+	@$(REAL) -m long
 
 lint: install
 	@$(LINT)

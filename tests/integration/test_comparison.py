@@ -73,7 +73,9 @@ def data(tmp_path_factory):
     return prepare_digits(tmp_path_factory.mktemp('data') / 'digits', train=24, val=8, size=96, progress=False)
 
 
-@pytest.fixture(scope='module', params=CASES)
+@pytest.fixture(
+    scope='module', params=[c if c == 'classification' else pytest.param(c, marks=pytest.mark.long) for c in CASES]
+)
 def case(request):
     return CASES[request.param]
 

@@ -195,7 +195,7 @@ UNSEEN = ('incremental', 'measuring', 'recipes', 'start/mmdet', 'start/mmseg', '
 WITH_BLOCKS = [page for page in PAGES if any('' not in b.excuses for b in read(page))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('page', WITH_BLOCKS, ids=[str(p.relative_to(ROOT)) for p in WITH_BLOCKS])
 def test_a_page_runs(page, labs, tmp_path, monkeypatch):
     if str(page.relative_to(ROOT)) in {f'docs/{name}.md' for name in UNSEEN}:

@@ -63,7 +63,7 @@ def precision(weights, data):
     return 100 * YOLO(weights, verbose=False).val(data=data, **options).box.maps
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_new_training_forgets(tmp_path):
     """Digits: with labels of the new classes only, the plain student loses the old ones, and the recipe keeps them."""
     pytest.importorskip('sklearn')

@@ -183,7 +183,7 @@ def test_paramwise_options_stay_the_students(lab, case):
     assert optimizers == [[], [(base.lr, base.weight_decay)] if case.trained else []]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @kept('compiled')
 def test_compiled_training_equals_eager_training(lab, case):
     """From before ``start`` to after ``stop``, where what is compiled changes."""

@@ -153,6 +153,7 @@ def test_export_to_onnx(distilled, data, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_compiled(distilled, data, tmp_path):
     """The student runs as compiled code and is distilled, at its head and in its neck; the file holds plain names."""
     # Compiling YOLO11n takes minutes.
