@@ -29,15 +29,17 @@ from kd_plugins.lab.comparison.mm.logs import RunnerProgress, read_history, read
 from kd_plugins.lab.comparison.mm.segmentations import read_segmentations
 from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.lab.comparison.phases import Phase
+from kd_plugins.lab.comparison.table import weights_size
 from kd_plugins.mm.configs import load_config, without_pretrained
 from kd_plugins.mm.recipes import read_recipes
 from kd_plugins.recipes import find_recipe
 from kd_plugins.recipes.options import combinations, split_recipes
+from kd_plugins.teachers import load_checkpoint
 
 DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
     '{names} and gain in points ({measured}), measured by kd-plugins test on the last checkpoint. s/iter: median '
-    'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
+    'seconds per training iteration, data loading included. Weights: in single precision, without optimizer and EMA.'
 )
 
 
@@ -233,6 +235,10 @@ class Comparison(Experiment):
         if arm not in self._sizes:
             self._sizes[arm] = count_parameters(config)
         return self._sizes[arm]
+
+    def size(self, checkpoint: Path, test: Phase) -> int:
+        saved = load_checkpoint(str(checkpoint), 'the checkpoint')
+        return weights_size(saved.get('state_dict', saved))
 
     def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
         if self.task == SEGMENTATION:
