@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from kd_plugins.distiller.summary import WIDTH
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metrics: Metrics, s
     if len(plain.results) > 1:
         columns, table = seed_rows(plain, distilled)
         parts.append(f'{metrics.main} per seed (gain over plain with the same seed)\n' + render(table, columns))
-    parts.append('\n'.join(verdicts(teacher, plain, distilled, metrics.main)))
+    parts.append(_paragraphs(verdicts(teacher, plain, distilled, metrics.main)))
     parts.append(files([teacher, plain, *distilled]))
     return '\n\n'.join(filter(None, parts))
 
@@ -238,4 +241,9 @@ def joint_verdicts(groups: Groups) -> list[str]:
 
 def joint_text(groups: Groups) -> str:
     """The table of several comparisons as it is printed, with what its figures mean."""
-    return '\n\n'.join([render(joint_rows(groups), JOINT, left=2), '\n'.join(joint_verdicts(groups))])
+    parts = [render(joint_rows(groups), JOINT, left=2), _paragraphs(joint_verdicts(groups))]
+    return '\n\n'.join(parts)
+
+
+def _paragraphs(sentences: Sequence[str]) -> str:
+    return '\n'.join(textwrap.fill(sentence, WIDTH, subsequent_indent='  ') for sentence in sentences)

@@ -30,7 +30,7 @@ from kd_plugins.lab.comparison.mm.segmentations import read_segmentations
 from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.lab.comparison.phases import Phase
 from kd_plugins.lab.comparison.table import weights_size
-from kd_plugins.mm.configs import load_config, without_pretrained
+from kd_plugins.mm.configs import load_config, merge_options, without_pretrained
 from kd_plugins.mm.recipes import read_recipes
 from kd_plugins.recipes import find_recipe
 from kd_plugins.recipes.options import combinations, split_recipes
@@ -281,12 +281,12 @@ def _without_balance(line: Mapping[str, float], alpha: float) -> dict[str, float
 
 
 def read_config(spec: str, options: Sequence[str], where: str) -> Config:
-    """A config with ``key=value`` overrides applied as ``kd-plugins train`` does."""
+    """A config with ``key=value`` overrides applied as ``kd-plugins test`` does."""
     config = load_config(spec, where)
-    if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        config.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    found = parser.parse_args(['--cfg-options', *options]).cfg_options if options else None
+    merge_options(config, found, tested=True)
     return config
 
 
