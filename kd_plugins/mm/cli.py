@@ -18,7 +18,7 @@ from mmengine.utils import get_object_from_string
 from kd_plugins import registry as ours
 from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, check_keys, nearest
-from kd_plugins.mm.configs import load_config, missing, remove_distillation
+from kd_plugins.mm.configs import load_config, merge_options, missing, remove_distillation
 from kd_plugins.mm.recipes import read_python
 from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.mm.starter import images
@@ -55,13 +55,13 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 HOOK = 'default_hooks.distill.'
 
 
-def _read_config(args: argparse.Namespace) -> Config:
+def _read_config(args: argparse.Namespace, *, tested: bool = False) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, 'config')
     config.launcher = args.launcher
-    if args.cfg_options:
-        later = getattr(args, 'kd', None) is not None
-        config.merge_from_dict({k: v for k, v in args.cfg_options.items() if not (later and k.startswith(HOOK))})
+    later = getattr(args, 'kd', None) is not None
+    options = {k: v for k, v in (args.cfg_options or {}).items() if not (later and k.startswith(HOOK))}
+    merge_options(config, options, tested=tested)
     if args.work_dir:
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
@@ -168,6 +168,8 @@ def train(argv: Sequence[str] | None = None) -> None:
 def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
     """Evaluate a checkpoint with a config, plain or distilled; no teacher is built or needed.
 
+    A config without a test is measured on its validation.
+
     Args:
         argv: Command line; default ``sys.argv[1:]``.
 
@@ -181,7 +183,7 @@ def test(argv: Sequence[str] | None = None) -> Mapping[str, float]:
     parser.add_argument('checkpoint', help='checkpoint of the student')
     parser.add_argument('--out', metavar='PKL', help='dump the predictions')
     args = parser.parse_args(argv)
-    config = _read_config(args)
+    config = _read_config(args, tested=True)
     if not os.path.isfile(args.checkpoint):
         folder = Path(args.checkpoint).parent
         names = [p.as_posix() for p in folder.glob('*.pth')] if folder.is_dir() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -121,6 +122,31 @@ def remove_distillation(config: Config) -> None:
     hooks = config.get('default_hooks')
     if hooks and 'distill' in hooks:
         config.default_hooks = {k: v for k, v in hooks.items() if k != 'distill'}
+
+
+def merge_options(config: Config, options: Mapping[str, Any] | None, *, tested: bool = False) -> None:
+    """Apply ``key=value`` overrides, in place.
+
+    Args:
+        config: Changed.
+        options: By dotted key.
+        tested: Whether the config is to measure a checkpoint: one with a validation and no test gets that as its test.
+    """
+    options = options or {}  # merging nothing would still copy the config
+    last = {key: value for key, value in options.items() if tested and key.partition('.')[0].startswith('test_')}
+    first = {key: value for key, value in options.items() if key not in last}
+    if first:
+        config.merge_from_dict(first)
+    if tested and config.get('val_evaluator') is not None and config.get('val_dataloader') is not None:
+        for key, default in (
+            ('test_dataloader', config.val_dataloader),
+            ('test_evaluator', config.val_evaluator),
+            ('test_cfg', ConfigDict()),
+        ):
+            if config.get(key) is None:
+                config[key] = copy.deepcopy(default)
+    if last:
+        config.merge_from_dict(last)
 
 
 def without_pretrained(config: Any) -> Any:

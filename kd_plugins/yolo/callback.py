@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import weakref
@@ -163,15 +164,35 @@ class DistillCallback:
             model.add_callback(event, getattr(self, event))
         if hasattr(model, 'tune'):
             # On this object only: each of its trainings is a process of its own, which gets no callbacks.
-            model.tune = _refuse_tune
+            model.tune = functools.partial(self.tune, model)
         return self
+
+    def tune(self, model: Any, use_ray: bool = False, iterations: int = 300, **options: Any) -> Any:
+        """Ultralytics' ``model.tune`` with distillation, which a registered model's own ``tune`` is.
+
+        Args:
+            model: A ``YOLO`` model.
+            use_ray: Must be False.
+            iterations: Trainings.
+            **options: As for ``model.tune``.
+
+        Returns:
+            What that returns.
+
+        Raises:
+            DistillError: The distillation would not run, so that no iteration was begun; or no training was distilled.
+        """
+        from kd_plugins.yolo.tuning import tune
+
+        return tune(self, model, use_ray=use_ray, iterations=iterations, **options)
 
     def unregister(self, model: Any) -> None:
         """Take the callback off a model again."""
         for event in EVENTS:
             kept = [c for c in model.callbacks.get(event, []) if owner_of(c) is not self]
             model.callbacks[event] = kept
-        if vars(model).get('tune') is _refuse_tune:
+        tune = vars(model).get('tune')
+        if owner_of(getattr(tune, 'func', None)) is self:
             del model.tune
 
     # ------------------------------------------------------------------ events, called by the trainer on every rank
@@ -370,13 +391,6 @@ def refuse_other_tasks(session: Session, host: UltralyticsHost) -> None:
                 f'The student is a {host.task.model} and the teacher a {theirs.model}: a teacher must do what its '
                 'student does (detect, segment, pose and obb count as detectors), or teach features only.'
             )
-
-
-def _refuse_tune(*args: Any, **options: Any) -> None:
-    raise DistillError(
-        'tune() trains in processes of its own, which get no callbacks and would not distil; write the options to a '
-        'kd.yaml, run `yolo-kd enable`, and set KD_PLUGINS_YOLO=kd.yaml for a model without a DistillCallback.'
-    )
 
 
 def check_installed() -> None:

@@ -36,6 +36,7 @@ VERSION = ('version', '--version')
 HELP = ('help', '-h', '-help', '--help', '--h')
 SWITCH = {'enable': autoload.enable, 'disable': autoload.disable, 'status': autoload.status}
 RECIPE = 'kd'
+TUNE = 'tune'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,8 +83,27 @@ def run(arguments: list[str]) -> None:
     check_version()
     with prefixed(given):
         callback = DistillCallback(options)
+    if TUNE in rest:
+        tune(callback, overrides_of(rest))
+        return
     with by_default(callback):
         hand_over(rest)
+
+
+def tune(callback: DistillCallback, overrides: dict[str, Any]) -> None:
+    """Tune with distillation; Ultralytics' own command has no such mode.
+
+    Raises:
+        DistillError: There is no model, or the distillation would not run.
+    """
+    from ultralytics import YOLO
+
+    options = {k: v for k, v in overrides.items() if k != 'mode'}
+    if not options.get('model'):
+        raise DistillError(f'{TUNE} needs the student: yolo-kd {TUNE} model=yolo11n.yaml data=coco.yaml iterations=30.')
+    model = YOLO(options.pop('model'), task=options.pop('task', None))
+    callback.register(model)
+    model.tune(**options)
 
 
 def choose(overrides: dict[str, Any], given: dict[str, Any]) -> DistillOptions | None:
@@ -97,16 +117,16 @@ def choose(overrides: dict[str, Any], given: dict[str, Any]) -> DistillOptions |
         DistillError: The options are wrong or meaningless here.
     """
     given = dict(given)
-    if overrides.get('mode') != 'train':
+    if overrides.get('mode') not in ('train', TUNE):
         if given:
             raise DistillError(
-                f'kd options are for training, and the mode is {overrides.get("mode")!r}: write yolo-kd train ...; a '
-                'distilled model is validated, used and exported like any other.'
+                f'kd options are for training, and the mode is {overrides.get("mode")!r}: write yolo-kd train ... '
+                'or yolo-kd tune ...; a distilled model is validated, used and exported like any other.'
             )
         return None
     recipe = given.pop(RECIPE, None)
     resume = overrides.get('resume')
-    if recipe is None and resume:
+    if recipe is None and resume and overrides['mode'] == 'train':
         recipe = recipe_of_run(str(resume if isinstance(resume, (str, os.PathLike)) else overrides.get('model')))
     if recipe is None and not given:
         return None
@@ -220,7 +240,7 @@ def overrides_of(words: Sequence[str]) -> dict[str, Any]:
                         overrides = {**YAML.load(check_yaml(value)), **overrides}
                     else:
                         overrides[key] = value
-            elif word in MODES:
+            elif word in MODES or word == TUNE:
                 overrides['mode'] = word
             elif word == 'resume':
                 overrides['resume'] = True
@@ -333,6 +353,7 @@ def help_text() -> str:
         '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd_teacher=yolo11x.pt kd_cls=1 kd_box=1',
         '  yolo-kd train model=yolo11n.yaml data=coco.yaml kd=kd.yaml kd_cls=0.5    # a file and a change to it',
         '  yolo-kd train ... kd=cwd,binary_kl kd_teacher=yolo11x.pt kd_weight=3 kd_neck.weight=10 kd_stop=280',
+        '  yolo-kd tune model=yolo11n.yaml data=coco.yaml iterations=30 kd=kd.yaml    # every training distils',
         '  yolo-kd train resume model=runs/detect/train/weights/last.pt             # with the kd.yaml of that run',
         f'  yolo-kd status | enable | disable    # let an unmodified yolo train read a recipe from {autoload.VARIABLE}',
         '',

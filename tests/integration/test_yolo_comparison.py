@@ -12,6 +12,7 @@ pytest.importorskip('ultralytics')
 
 from kd_plugins.lab.comparison.yolo.demo import write_student
 from kd_plugins.lab.comparison.yolo.logs import read_history
+from kd_plugins.lab.comparison.yolo.tasks import TASKS
 from kd_plugins.lab.data import prepare_digits
 from tests.integration import yolo_lab  # noqa: F401  # throw-away settings for the processes that are started
 
@@ -40,8 +41,10 @@ def test_from_data_to_report(runs):
         assert cell in shown
     results = json.loads((folder / 'results.json').read_text())['arms']
     sizes = {name: arm['runs'][0]['size'] for name, arm in results.items()}
+    assert sizes['kd_plugins'] == sizes['plain'] < sizes['teacher']
+    files = {a: folder / f'seed0/{a}/train/weights/last.pt' for a in ('plain', 'default')}
     # Ours leaves a plain student's file.
-    assert abs(sizes['kd_plugins'] / sizes['plain'] - 1) < 0.01
+    assert abs(files['default'].stat().st_size / files['plain'].stat().st_size - 1) < 0.01
     assert len({results[n]['parameters'] for n in ('plain', 'kd_plugins', 'native distill_model')}) == 1
     columns = {
         arm: (folder / f'seed0/{arm}/train/results.csv').read_text().splitlines()[0]
@@ -49,7 +52,10 @@ def test_from_data_to_report(runs):
     }
     assert 'kdcls_loss' in columns['default'] and 'dis_loss' in columns['native']
     assert not any(word in columns['plain'] for word in ('kd', 'dis_loss'))
-    assert all(line['loss_kd'] > 0 for line in read_history(folder / 'seed0/default/train').train.values())
+    assert all(
+        line['loss_kd'] > 0
+        for line in read_history(folder / 'seed0/default/train', TASKS['detect'].keys[0]).train.values()
+    )
     page = (folder / 'report.html').read_text()
     for picture in ('curves.png', 'detections.png'):
         assert picture in page

@@ -130,6 +130,10 @@ class Experiment(ABC):
         """Number of parameters of an arm's model."""
 
     @abstractmethod
+    def size(self, checkpoint: Path, test: Phase) -> int:
+        """Bytes of the weights in a checkpoint, see `kd_plugins.lab.comparison.table.weights_size`."""
+
+    @abstractmethod
     def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
         """What the models found in some images, by row; None: no picture."""
 
@@ -286,7 +290,7 @@ class _Found:
                 seed=seed,
                 accuracy=experiment.measured(self.tests[name, seed]),
                 seconds=self.histories[name, seed].seconds_per_iteration(),
-                size=self.weights[name, seed].stat().st_size,
+                size=experiment.size(self.weights[name, seed], self.tests[name, seed]),
                 weights=shorter(self.weights[name, seed]),
             )
             for seed in seeds

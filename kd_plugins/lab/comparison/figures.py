@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def draw_curves(
     Args:
         path: PNG to write.
         arms: Runs of every arm by name, the plain one first.
-        teacher: Accuracy of the teacher in [0, 1], drawn as a level.
+        teacher: Accuracy of the teacher in [0, 1], drawn as a level; NaN: it was not measured.
         metric: Key of the accuracy in the validation logs.
         name: What it is called.
         unit: What the x axis counts.
@@ -80,7 +81,8 @@ def draw_curves(
             left.plot(x, _smooth(total), label=label, **style)
             x, values = history.metric_curve(metric)
             right.plot(x, [100 * v for v in values], marker='o', markersize=3.5, label=label, **style)
-    right.axhline(100 * teacher, color=TEACHER, linestyle='--', linewidth=1.2, label='teacher')
+    if not math.isnan(teacher):
+        right.axhline(100 * teacher, color=TEACHER, linestyle='--', linewidth=1.2, label='teacher')
     left.set(title="Student's own loss (without distillation terms)", xlabel=unit, ylabel='loss')
     right.set(title='Validation', xlabel=unit, ylabel=f'{name} (%)')
     right.set_ylim(bottom=0)

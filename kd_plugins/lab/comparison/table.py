@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kd_plugins.distiller.summary import WIDTH
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,22 @@ class Metrics:
         return self.names[0]
 
 
+#: In place of a figure that nobody measured.
+ABSENT = 'not measured'
 BOXES = Metrics(('mAP', 'AP50'), ('map', 'map50'))
 LABEL_MAPS = Metrics(('mIoU', 'mAcc'), ('miou', 'macc'))
+
+
+def weights_size(state: Mapping[str, Any]) -> int:
+    """Bytes of a model's tensors, numbers with a point in single precision: what can be compared.
+
+    Files of checkpoints hold optimizers, averages and logs too, and frameworks store other precisions.
+
+    Args:
+        state: Its state dict; what is no tensor does not count.
+    """
+    tensors = [v for v in state.values() if isinstance(v, Tensor)]
+    return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in tensors)
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,8 @@ class Result:
         seed: Its seed.
         accuracy: Values in [0, 1], one for each of the `Metrics`.
         seconds: Median seconds of training per step (see `header`); NaN when it was not trained here.
-        size: Bytes of its last checkpoint.
-        weights: Where that is.
+        size: Bytes of its weights, see `weights_size`.
+        weights: Where its last checkpoint is.
     """
 
     seed: int
@@ -85,6 +105,8 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def _points(values: Sequence[float], signed: bool = False) -> str:
     """Fractions as points of 100, with the spread when there is one."""
     mean, spread = mean_and_spread([100 * v for v in values])
+    if math.isnan(mean):
+        return ABSENT
     text = f'{mean:+.1f}' if signed else f'{mean:.1f}'
     return text if math.isnan(spread) else f'{text} ± {spread:.1f}'
 
@@ -100,11 +122,11 @@ def header(metrics: Metrics, step: str = 'iter') -> tuple[str, ...]:
         metrics: What the models are compared by.
         step: What `Result.seconds` is for: ``'iter'`` or ``'epoch'``.
     """
-    return ('model', 'parameters', *metrics.names, 'gain', f's/{step}', 'checkpoint')
+    return ('model', 'parameters', *metrics.names, 'gain', f's/{step}', 'weights')
 
 
 def rows(teacher: Arm, plain: Arm, distilled: Sequence[Arm]) -> list[tuple[str, ...]]:
-    """The cells, without the header. Accuracies and gain are in points (x 100), checkpoints in MB (10^6 bytes)."""
+    """The cells, without the header. Accuracies and gain are in points (x 100), weights in MB (10^6 bytes)."""
     table = []
     for arm in (teacher, plain, *distilled):
         seconds = [r.seconds for r in arm.results if not math.isnan(r.seconds)]
@@ -148,6 +170,8 @@ def verdict(plain: Arm, arm: Arm, metric: str) -> str:
     """One honest sentence on a distilled arm: the gain whatever its sign, and how sure it is."""
     gains = [100 * g for g in arm.gains(plain)]
     mean, spread = mean_and_spread(gains)
+    if math.isnan(mean):
+        return f'{arm.name}: no gain can be told, as {metric} was not measured for every student.'
     if math.isnan(spread):
         return f'{arm.name}: {mean:+.1f} {metric} on one seed; a single pair says nothing about the spread (--seeds 3).'
     better = sum(g > 0 for g in gains)
@@ -158,8 +182,10 @@ def verdict(plain: Arm, arm: Arm, metric: str) -> str:
 
 
 def doubt(teacher: Arm, plain: Arm, metric: str) -> str:
-    """A sentence when the teacher is not better than the plain student; else nothing."""
+    """A sentence when the teacher is not better than the plain student, or not measured; else nothing."""
     theirs, ours = (mean_and_spread([100 * r.main for r in arm.results])[0] for arm in (teacher, plain))
+    if math.isnan(theirs):
+        return f'The teacher has no {metric}: whether it is better than the plain student is not known.'
     if not theirs <= ours:
         return ''
     return (
@@ -187,7 +213,7 @@ def text(teacher: Arm, plain: Arm, distilled: Sequence[Arm], metrics: Metrics, s
     if len(plain.results) > 1:
         columns, table = seed_rows(plain, distilled)
         parts.append(f'{metrics.main} per seed (gain over plain with the same seed)\n' + render(table, columns))
-    parts.append('\n'.join(verdicts(teacher, plain, distilled, metrics.main)))
+    parts.append(_paragraphs(verdicts(teacher, plain, distilled, metrics.main)))
     parts.append(files([teacher, plain, *distilled]))
     return '\n\n'.join(filter(None, parts))
 
@@ -215,4 +241,9 @@ def joint_verdicts(groups: Groups) -> list[str]:
 
 def joint_text(groups: Groups) -> str:
     """The table of several comparisons as it is printed, with what its figures mean."""
-    return '\n\n'.join([render(joint_rows(groups), JOINT, left=2), '\n'.join(joint_verdicts(groups))])
+    parts = [render(joint_rows(groups), JOINT, left=2), _paragraphs(joint_verdicts(groups))]
+    return '\n\n'.join(parts)
+
+
+def _paragraphs(sentences: Sequence[str]) -> str:
+    return '\n'.join(textwrap.fill(sentence, WIDTH, subsequent_indent='  ') for sentence in sentences)

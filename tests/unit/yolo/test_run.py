@@ -623,19 +623,6 @@ def test_a_callback_on_two_models_at_the_same_time(begin, trainer, tmp_path):
     assert added(run)[3]['kdcls_loss'] > 0
 
 
-def test_tuning_is_refused_on_this_object_only(begin, teacher_file, build):
-    from ultralytics import YOLO
-
-    from kd_plugins.yolo import DistillCallback
-
-    model = YOLO(build('small.yaml').yaml['yaml_file'], verbose=False)
-    callback = DistillCallback(teacher_file('wide.yaml')).register(model)
-    with pytest.raises(DistillError, match=r'tune\(\) trains in processes of its own.*kd.yaml.*yolo-kd enable'):
-        model.tune(data='coco8.yaml')
-    callback.unregister(model)
-    assert model.tune.__func__ is YOLO.tune and not vars(YOLO).get('tune')
-
-
 def test_a_limit_of_time_decides_the_number_of_epochs(begin):
     with pytest.raises(DistillError, match='start=9 is not before the end of the run'):
         begin(start=9)

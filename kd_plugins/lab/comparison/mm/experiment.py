@@ -29,15 +29,17 @@ from kd_plugins.lab.comparison.mm.logs import RunnerProgress, read_history, read
 from kd_plugins.lab.comparison.mm.segmentations import read_segmentations
 from kd_plugins.lab.comparison.mm.tasks import DETECTION, MULTI_LABEL, SEGMENTATION, find_evaluator
 from kd_plugins.lab.comparison.phases import Phase
-from kd_plugins.mm.configs import load_config, without_pretrained
+from kd_plugins.lab.comparison.table import weights_size
+from kd_plugins.mm.configs import load_config, merge_options, without_pretrained
 from kd_plugins.mm.recipes import read_recipes
 from kd_plugins.recipes import find_recipe
 from kd_plugins.recipes.options import combinations, split_recipes
+from kd_plugins.teachers import load_checkpoint
 
 DETECTIONS, LABEL_MAPS, CLASSES = 'detections.pkl', 'label_maps', 'classes.pkl'
 NOTE = (
     '{names} and gain in points ({measured}), measured by kd-plugins test on the last checkpoint. s/iter: median '
-    'seconds per training iteration, data loading included. Checkpoints include the optimizer and EMA states.'
+    'seconds per training iteration, data loading included. Weights: in single precision, without optimizer and EMA.'
 )
 
 
@@ -234,6 +236,10 @@ class Comparison(Experiment):
             self._sizes[arm] = count_parameters(config)
         return self._sizes[arm]
 
+    def size(self, checkpoint: Path, test: Phase) -> int:
+        saved = load_checkpoint(str(checkpoint), 'the checkpoint')
+        return weights_size(saved.get('state_dict', saved))
+
     def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
         if self.task == SEGMENTATION:
             folders = {name: test.folder / LABEL_MAPS for name, test in tests.items()}
@@ -275,12 +281,12 @@ def _without_balance(line: Mapping[str, float], alpha: float) -> dict[str, float
 
 
 def read_config(spec: str, options: Sequence[str], where: str) -> Config:
-    """A config with ``key=value`` overrides applied as ``kd-plugins train`` does."""
+    """A config with ``key=value`` overrides applied as ``kd-plugins test`` does."""
     config = load_config(spec, where)
-    if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        config.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    found = parser.parse_args(['--cfg-options', *options]).cfg_options if options else None
+    merge_options(config, found, tested=True)
     return config
 
 

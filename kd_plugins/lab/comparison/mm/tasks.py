@@ -139,6 +139,6 @@ def find_evaluator(config: Config, where: str) -> Evaluator:
             return Evaluator(MULTI_LABEL, key, metric)
     raise DistillError(
         f'{where}: box mAP, mIoU, or the accuracy of a classifier is what is compared, but the config has none of '
-        "test_evaluator=dict(type='CocoMetric', metric='bbox', ...), dict(type='IoUMetric', iou_metrics=['mIoU'], "
-        "...), dict(type='kd_plugins.Accuracy') and dict(type='kd_plugins.MultiLabelAP')."
+        "test_evaluator (or val_evaluator) = dict(type='CocoMetric', metric='bbox', ...), dict(type='IoUMetric', "
+        "iou_metrics=['mIoU'], ...), dict(type='kd_plugins.Accuracy') and dict(type='kd_plugins.MultiLabelAP')."
     )

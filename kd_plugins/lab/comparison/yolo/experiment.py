@@ -11,21 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from kd_plugins.config_files import config_folder
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.lab.comparison.experiment import PLAIN, TEACHER, TEACHER_SEED, Experiment, arm_name
-from kd_plugins.lab.comparison.figures import Detections, Objects, Picture
+from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.phases import Phase
-from kd_plugins.lab.comparison.table import BOXES, Metrics
-from kd_plugins.lab.comparison.yolo.evaluate import image_files
-from kd_plugins.lab.comparison.yolo.logs import MAP, TrainerProgress, read_history
+from kd_plugins.lab.comparison.yolo.logs import TrainerProgress, read_history
+from kd_plugins.lab.comparison.yolo.tasks import TASKS, Task, image_files
 from kd_plugins.recipes import find_recipe, is_name, names
-from kd_plugins.recipes.options import combinations, split_recipes
+from kd_plugins.recipes.options import combinations, load_recipes, split_recipes
 from kd_plugins.yolo.callback import check_version, quiet
-from kd_plugins.yolo.cli import overrides_of
+from kd_plugins.yolo.cli import overrides_of, split
 from kd_plugins.yolo.recipe import read_recipe
 from kd_plugins.yolo.teacher import find_teacher
 
@@ -35,9 +32,8 @@ NATIVE, DEFAULT = 'native', 'default'
 #: What this comparison sets itself; elsewhere it would be overwritten without a word.
 RESERVED = ('model', 'data', 'project', 'name', 'seed', 'resume', 'exist_ok', 'mode', 'task', 'distill_model', 'save')
 NOTE = (
-    'mAP, AP50 and gain in points (100 × mAP50-95 and mAP50 of Ultralytics), measured by its validator on last.pt. '
-    's/epoch: median seconds per epoch, validation included. Checkpoints are last.pt after training. '
-    "native is Ultralytics' own distill_model=."
+    '{names} and gain in points ({measured}), measured by its validator on last.pt. s/epoch: median seconds per epoch, '
+    "validation included. Weights: in single precision. native is Ultralytics' own distill_model=."
 )
 
 
@@ -77,10 +73,8 @@ class Comparison(Experiment):
     scenes: int = 5
     title: str = 'Plain and distilled student in Ultralytics'
     recipe_options: Sequence[Sequence[str]] = ()
-    metrics: ClassVar[Metrics] = BOXES
     unit: ClassVar[str] = 'epoch'
     step: ClassVar[str] = 'epoch'
-    note: ClassVar[str] = NOTE
     together: ClassVar[str] = 'validation'
     #: Ultralytics gives a training on the CPU all cores but one.
     plain_first: ClassVar[bool] = True
@@ -89,14 +83,17 @@ class Comparison(Experiment):
         check_version()
         # Ultralytics puts relative projects below its own folder for runs.
         self.work_dir = Path(self.work_dir).absolute()
+        if not self.trains_teacher:
+            self.teacher = find_teacher(self.teacher)
+        self.task = self._find_task()
+        self.metrics = self.task.metrics
+        self.note = NOTE.format(names=', '.join(self.metrics.names), measured=self.task.measured)
         arms = [arm for recipe in self.recipes for arm in self._arms(recipe)]
         self.words = dict(arms)
         if not self.recipes or len(self.words) < len(arms):
             raise DistillError('--kd needs at least one recipe, and every one of another name.')
-        self.data = _find_data(self.data)
+        self.data = self.task.find_data(self.data)
         self._data: dict[str, Any] | None = None
-        if not self.trains_teacher:
-            self.teacher = find_teacher(self.teacher)
         for where, options in (('--options', self.student_options), ('--teacher-options', self.teacher_options)):
             for word in options:
                 key = word.partition('=')[0]
@@ -105,26 +102,48 @@ class Comparison(Experiment):
                         f'{where}: {word!r} cannot be given; write key=value of yolo train, but none of '
                         f'{", ".join(RESERVED)} and kd_*, which the comparison sets.'
                     )
-        self._refuse_other_tasks()
         self.prepare()
 
     def _arms(self, given: str) -> list[tuple[str, list[str]]]:
         """Name and words for the command line of the students of a recipe; the teacher is added later."""
-        if given in (NATIVE, DEFAULT):
+        if given == NATIVE:
+            if self.recipe_options:
+                raise DistillError(
+                    f"--kd-options changes what kd_plugins distils, and {NATIVE} is Ultralytics' own distill_model=; "
+                    f'leave {NATIVE} out, or --kd-options, and write --options dis=3 for its strength.'
+                )
             return [(given, [])]
+        if given == DEFAULT:
+            sets = combinations(self.recipe_options)
+            return [(arm_name(given, changes), self._defaults(changes)) for changes in sets]
         found = ','.join(map(self._recipe, split_recipes(given)))
-        read_recipe(found)
+        said = read_recipe(found)
+        if said.get('recipe'):
+            load_recipes(said['recipe'], self.task.recipes, '--kd', {})
         return [
             (arm_name(found, changes), [f'kd={found}', *(f'kd_{change}' for change in changes)])
             for changes in combinations(self.recipe_options)
         ]
+
+    def _defaults(self, changes: Sequence[str]) -> list[str]:
+        """Changes to what is distilled without a recipe, as words of the command line of a student."""
+        words = [f'kd_{change}' for change in changes]
+        for change, word in zip(changes, words, strict=True):
+            try:
+                split([word])
+            except DistillError as error:
+                raise DistillError(
+                    f'--kd-options: {DEFAULT} is no recipe and has no {change.partition("=")[0]!r}; write e.g. '
+                    'cls=0.5, box=2 or temperature=2 (yolo-kd help lists all that it has, with kd_), or name a recipe.'
+                ) from error
+        return words
 
     def _recipe(self, name: str) -> str:
         """The recipe as the command line of a student is told."""
         examples = [p.stem for p in EXAMPLES.glob('*.yaml')]
         if is_name(name) and name not in names():
             if name not in examples:
-                known = [NATIVE, DEFAULT, *names('detection'), *examples]
+                known = [NATIVE, DEFAULT, *names(self.task.recipes), *examples]
                 raise DistillError(f'--kd: there is no recipe {name!r}; {nearest(name, known)}')
             name = str(EXAMPLES / f'{name}.yaml')
         path = find_recipe(name, '--kd')
@@ -132,17 +151,30 @@ class Comparison(Experiment):
             raise DistillError(f'--kd: an arm cannot be called {path.stem!r}; rename the recipe.')
         return name if is_name(name) else str(path.absolute())
 
-    def _refuse_other_tasks(self) -> None:
+    def _find_task(self) -> Task:
+        """The task of both models.
+
+        Raises:
+            DistillError: One is missing, or they have none in common that can be compared.
+        """
         from ultralytics import YOLO
 
+        found = []
         for where, spec in (('--teacher', self.teacher), ('--student', self.student)):
             try:
                 with quiet():
-                    task = YOLO(spec, verbose=False).task
+                    found.append(YOLO(spec, verbose=False).task)
             except FileNotFoundError as error:
                 raise DistillError(f'{where} {spec!r} does not exist.') from error
-            if task != 'detect':
-                raise DistillError(f'{where} {spec!r} is a {task} model; box mAP of detectors is what is compared.')
+            if found[-1] not in TASKS:
+                raise DistillError(f'{where} {spec!r} is a {found[-1]} model; what is compared are {", ".join(TASKS)}.')
+        taught, task = found
+        if taught != task:
+            raise DistillError(
+                f'--teacher is a {taught} model and --student a {task} model, which have no metric in common; give '
+                'both of one task.'
+            )
+        return TASKS[task]
 
     # ------------------------------------------------------------------ phases
     def train_teacher(self) -> Phase:
@@ -158,11 +190,10 @@ class Comparison(Experiment):
             teacher = self.teacher_weights().absolute()
             key = 'distill_model' if arm == NATIVE else 'kd_teacher'
             phase.command = [*phase.command, *self.words[arm], f'{key}={teacher}']
-            recipe = None
-            if self.words[arm]:
-                first, *changes = self.words[arm]
-                files = [find_recipe(entry).read_text() for entry in split_recipes(first.removeprefix('kd='))]
-                recipe = '\n'.join([*files, *changes])
+            given = [word.removeprefix('kd=') for word in self.words[arm] if word.startswith('kd=')]
+            files = [find_recipe(entry).read_text() for recipes in given for entry in split_recipes(recipes)]
+            changes = [word for word in self.words[arm] if not word.startswith('kd=')]
+            recipe = '\n'.join([*files, *changes]) or None
             phase.settings = {**phase.settings, 'recipe': recipe, 'teacher': self.hash_of(teacher)}
         return phase
 
@@ -184,7 +215,7 @@ class Comparison(Experiment):
             folder=folder,
             command=[sys.executable, '-m', 'kd_plugins.yolo.cli', *words],
             settings=dict(model=_content(model), data=self._data_hashes(), options=sorted(options), seed=seed),
-            progress=TrainerProgress(),
+            progress=self._progress(),
             # Killed before the first epoch was saved it begins again.
             resume=['resume=True', f'model={last}'] if last.is_file() else None,
             max_epochs=overrides_of(['train', *options]).get('epochs', 100),
@@ -195,18 +226,31 @@ class Comparison(Experiment):
         """The evaluation of a checkpoint, which also leaves what the picture shows."""
         # A teacher that is given as a file is evaluated as it teaches: at the students' image size.
         options = [*self.student_options, *(self.teacher_options if title == TEACHER else ())]
-        size = overrides_of(['train', *options]).get('imgsz', 640)
+        size = overrides_of(['train', *options]).get('imgsz', self.task.size)
         command = [sys.executable, '-m', 'kd_plugins.lab.comparison.yolo.evaluate', str(weights), self.data]
         folder = folder / 'test'
         return Phase(
             title=f'evaluate {title}',
             folder=folder,
-            command=[*command, str(folder / 'result.json'), '--imgsz', str(size), '--scenes', str(self.scenes)],
-            settings=dict(weights=self.hash_of(weights), data=self._data_hashes(), size=size, scenes=self.scenes),
-            progress=TrainerProgress(),
+            command=[*command, str(folder / 'result.json'), '--imgsz', str(size), '--scenes', str(self._scenes)],
+            settings=dict(
+                weights=self.hash_of(weights),
+                data=self._data_hashes(),
+                size=size,
+                scenes=self._scenes,
+                task=self.task.name,
+            ),
+            progress=self._progress(),
             mode='test',
             threads=self.threads,
         )
+
+    @property
+    def _scenes(self) -> int:
+        return self.scenes * self.task.pictures
+
+    def _progress(self) -> TrainerProgress:
+        return TrainerProgress(self.metrics.main, self.task.column)
 
     @property
     def distilled(self) -> Sequence[str]:
@@ -225,24 +269,26 @@ class Comparison(Experiment):
 
     # ------------------------------------------------------------------ what came out
     def history(self, folder: Path) -> History:
-        return read_history(folder)
+        return read_history(folder, self.task.keys[0])
 
     def measured(self, test: Phase) -> tuple[float, ...]:
-        found = _result(test)
-        return found['map'], found['map50']
+        return self.task.accuracy(_result(test)['metrics'])
 
     def parameters(self, arm: str, test: Phase) -> int:
         return _result(test)['parameters']
 
+    def size(self, checkpoint: Path, test: Phase) -> int:
+        return _result(test)['size']
+
     def picture(self, tests: Mapping[str, Phase]) -> Picture | None:
-        return _detections({name: _result(test) for name, test in tests.items()})
+        return self.task.picture({name: _result(test) for name, test in tests.items()}, self.scenes)
 
     def metric(self, histories: Iterable[History]) -> str:
-        return MAP
+        return self.task.keys[0]
 
     def label(self, arm: str) -> str:
         names = {TEACHER: TEACHER, PLAIN: PLAIN, NATIVE: 'native distill_model', DEFAULT: 'kd_plugins'}
-        return names.get(arm, f'kd_plugins: {arm}')
+        return names.get(arm, f'kd_plugins: {arm.removeprefix(f"{DEFAULT} ")}')
 
     def facts(self) -> dict[str, str]:
         import ultralytics
@@ -258,31 +304,17 @@ class Comparison(Experiment):
         }
 
     def _data_hashes(self) -> dict[str, Any]:
-        """The YAML, and names and sizes of the labels, so that another data set at the same place is noticed."""
+        """So that another data set at the same place is noticed."""
         if self._data is None:
-            from ultralytics.data.utils import check_det_dataset, img2label_paths
-
             try:
-                found = check_det_dataset(self.data)
+                with quiet():
+                    found = self.task.check_data(self.data)
             except Exception as error:
                 first = ' '.join(str(error).split())
                 raise DistillError(f'--data {self.data!r} cannot be used: {first}') from error
-            digest = hashlib.sha256()
-            for label in img2label_paths([f for split in ('train', 'val') for f in image_files(found[split])]):
-                path = Path(label)
-                digest.update(f'{path.name} {path.stat().st_size if path.is_file() else None};'.encode())
-            self._data = dict(yaml=Path(self.data).read_text(), labels=digest.hexdigest())
+            images = [file for split in ('train', 'val') for file in image_files(found[split])]
+            self._data = self.task.fingerprint(self.data, images)
         return self._data
-
-
-def _find_data(data: str) -> str:
-    """The absolute path of a data set's YAML, one of Ultralytics' own included."""
-    from ultralytics.utils.checks import check_yaml
-
-    try:
-        return os.path.abspath(check_yaml(data))
-    except (FileNotFoundError, AssertionError) as error:
-        raise DistillError(f'--data {data!r} does not exist; it is the YAML of a data set.') from error
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -299,28 +331,6 @@ def last_checkpoint(folder: Path) -> Path:
 
 def _result(test: Phase) -> dict[str, Any]:
     return json.loads((test.folder / 'result.json').read_text())
-
-
-def _detections(measured: dict[str, dict[str, Any]]) -> Detections | None:
-    first = next(iter(measured.values()))
-    images = [Path(image['file']).name for image in first['images']]
-    if not images:
-        return None
-
-    def objects(rows: Sequence[Sequence[float]], scored: bool) -> Objects:
-        table = np.asarray(rows, np.float64).reshape(-1, 6 if scored else 5)
-        return Objects(table[:, :4], table[:, 4].astype(int), table[:, 5] if scored else None)
-
-    return Detections(
-        images=images,
-        files={name: image['file'] for name, image in zip(images, first['images'], strict=True)},
-        truth={name: objects(image['truth'], False) for name, image in zip(images, first['images'], strict=True)},
-        found={
-            model: {name: objects(i['found'], True) for name, i in zip(images, m['images'], strict=True)}
-            for model, m in measured.items()
-        },
-        classes=first['names'],
-    )
 
 
 def _short(spec: str) -> str:

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from kd_plugins.lab.comparison.table import (
     BOXES,
@@ -17,6 +18,7 @@ from kd_plugins.lab.comparison.table import (
     seed_rows,
     text,
     verdict,
+    weights_size,
 )
 
 
@@ -49,8 +51,8 @@ def test_gains_are_paired_by_seed_and_negative_ones_are_shown():
 
 
 def test_columns_are_those_of_the_task():
-    assert header(BOXES) == ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'checkpoint')
-    assert header(LABEL_MAPS, 'epoch') == ('model', 'parameters', 'mIoU', 'mAcc', 'gain', 's/epoch', 'checkpoint')
+    assert header(BOXES) == ('model', 'parameters', 'mAP', 'AP50', 'gain', 's/iter', 'weights')
+    assert header(LABEL_MAPS, 'epoch') == ('model', 'parameters', 'mIoU', 'mAcc', 'gain', 's/epoch', 'weights')
     printed = text(TEACHER, arm('plain', 0.20, 0.30), [arm('distilled: a', 0.25, 0.31)], LABEL_MAPS)
     assert 'mIoU per seed' in printed and '+3.0 ± 2.8 mIoU over 2 seeds' in printed and 'mAP' not in printed
 
@@ -77,6 +79,22 @@ def test_a_teacher_that_is_not_better_is_said_so():
     assert 'The teacher (40.0 mAP) is not better than the plain student (40.0)' in text(weak, plain, [distilled], BOXES)
     (first, _) = joint_verdicts({'digits': (BOXES, weak, plain, [distilled])})
     assert first.startswith('digits, The teacher')
+
+
+def test_what_was_not_measured_is_no_number():
+    plain, distilled = arm('plain', 0.2), arm('distilled: a', 0.25)
+    unknown = Arm('teacher', 2_240_000, [Result(0, (math.nan, math.nan), math.nan, 36_600_000)])
+    printed = text(unknown, plain, [distilled], BOXES)
+    assert 'nan' not in printed and printed.count('not measured') == 2
+    assert 'The teacher has no mAP: whether it is better than the plain student is not known.' in printed
+    printed = text(TEACHER, arm('plain', math.nan), [distilled], BOXES)
+    assert 'nan' not in printed and 'distilled: a: no gain can be told, as mAP was not measured' in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_the_size_is_that_of_weights_in_single_precision():
+    state = {'a': torch.zeros(10, dtype=torch.float16), 'b': torch.zeros(3), 'n': torch.tensor(1), 'meta': 'x' * 99}
+    assert weights_size(state) == 4 * 13 + 8
 
 
 def test_the_files_of_the_models_are_named():

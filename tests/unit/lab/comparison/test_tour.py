@@ -65,6 +65,9 @@ class Fake(Experiment):
     def parameters(self, arm, test):
         return 2000 if arm == TEACHER else 1000
 
+    def size(self, checkpoint, test):
+        return checkpoint.stat().st_size
+
     def picture(self, tests):
         return None
 
@@ -101,6 +104,7 @@ def test_one_table_and_one_report_of_two(two, tmp_path):
     assert page.count('<table>') == 3 and page.index('<table>') < page.index('<h2>A: x</h2>') < page.index('<h2>B: y')
     for picture in ('a_x_curves.png', 'b_y_curves.png'):
         assert f'src="{picture}"' in page and (tmp_path / 'all' / picture).stat().st_size > 1000
+    assert f'checkpoint of mine, seed 0</dt><dd>{tmp_path}/a/seed0/mine/train/last' in page
     stored = json.loads((tmp_path / 'all' / 'results.json').read_text())
     assert stored.keys() == results.keys() and list(stored['arms']) == ['A: x', 'B: y']
     assert stored['arms']['B: y']['distilled: mine']['runs'][0]['map'] == pytest.approx(0.4)
