@@ -164,14 +164,15 @@ def test_the_tour_goes_on_without_a_framework(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(demo, 'import_module', lambda name: Package)
     monkeypatch.setattr(demo, 'compare_all', lambda experiments, folder, title: seen.append(experiments))
-    monkeypatch.setattr(demo, 'find_spec', lambda name: None if name == 'timm' else object())
+    monkeypatch.setattr(demo, 'find_spec', lambda name: object())
     demo.tour(tmp_path, seeds=[0])
     assert list(seen[0]) == ['Ultralytics: YOLO11'] and seen[0]['Ultralytics: YOLO11'][1]['short']
     printed = capsys.readouterr().out
-    assert (
-        'timm: DeiT, taught by a ResNet is left out: timm is not installed' in printed
-        and 'with your own data' in printed
-    )
+    assert 'left out' not in printed and 'with your own data' in printed
+    monkeypatch.setattr(demo, 'find_spec', lambda name: None if name == 'ultralytics' else object())
+    demo.tour(tmp_path, seeds=[0])
+    assert list(seen[1]) == ['timm: DeiT, taught by a ResNet']
+    assert 'Ultralytics: YOLO11 is left out: ultralytics is not installed' in capsys.readouterr().out
     monkeypatch.setattr(demo, 'find_spec', lambda name: None)
     with pytest.raises(DistillError, match='the demo needs ultralytics or timm'):
         demo.tour(tmp_path)
