@@ -33,7 +33,7 @@ EPOCHS = 10
 #: Of the short tour: scenes as they are, which are learned in half the time, and one validation at the end.
 SHORT = (*OPTIONS, 'scale=0.0', 'translate=0.0', 'hsv_h=0.0', 'hsv_s=0.0', 'hsv_v=0.0', 'val=False')
 #: As few epochs as the gain can still be seen after.
-SHORT_EPOCHS = dict(teacher=4, student=5)
+SHORT_EPOCHS = dict(teacher=4, student=4)
 
 
 def demo(work_dir: str | os.PathLike = 'work_dirs/demo/yolo', **options: Any) -> dict[str, Any]:
