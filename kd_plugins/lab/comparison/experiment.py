@@ -278,10 +278,14 @@ class _Found:
                 'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
                 'torch': torch.__version__,
                 'kd_plugins': __version__,
+                **self._files(),
             },
             step=experiment.step,
             unit=experiment.unit,
         )
+
+    def _files(self) -> dict[str, str]:
+        return {f'checkpoint of {_title(key)}': shorter(path) for key, path in self.weights.items()}
 
     def _arm(self, name: str, seeds: Sequence[int]) -> Arm:
         experiment = self.experiment
