@@ -74,3 +74,20 @@ def test_every_combination_of_options_is_an_arm(tmp_path):
         compare(['wieght=3'])
     with pytest.raises(DistillError, match='two arms would be called'):
         compare(['weight=3'], recipes=['kl', 'kl'])
+
+
+def test_a_config_without_a_test_is_measured_on_its_validation(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "model = dict(type='kd_plugins.TimmClassifier')\ntrain_cfg = dict(max_epochs=1)\nval_cfg = dict()\n"
+        "val_dataloader = dict(batch_size=2, dataset=dict(type='kd_plugins.ImageFolder', root='data'))\n"
+        "val_evaluator = dict(type='kd_plugins.Accuracy', topk=1)\n"
+    )
+    options = ['val_dataloader.batch_size=3', 'test_evaluator.topk=(1,2)']
+    comparison = Comparison(
+        str(config), str(config), ['kl'], tmp_path / 'runs', student_options=options, teacher_options=options[1:]
+    )
+    found = comparison.student_config
+    assert comparison.teacher_config.test_evaluator == dict(type='kd_plugins.Accuracy', topk=(1, 2))
+    assert (found.test_dataloader.batch_size, found.test_cfg, found.test_evaluator.topk) == (3, {}, (1, 2))
+    assert found.val_evaluator.topk == 1, 'a copy'
