@@ -13,11 +13,8 @@ import os
 import sys
 from typing import Any
 
-from kd_plugins.on_import import complete_callbacks
+from kd_plugins.on_import import REPORT, VARIABLE, complete_callbacks
 
-VARIABLE = 'KD_PLUGINS_YOLO'
-#: Names a file to which a training that was distilled because of `VARIABLE` adds a line at its end.
-REPORT = 'KD_PLUGINS_YOLO_REPORT'
 PTH = 'kd_plugins_yolo.pth'
 #: Also for a run that is resumed without the variable: it may have been a distilled one.
 LINE = (
@@ -138,21 +135,6 @@ def on_train_start(trainer: Any) -> None:
         warn_undistilled(trainer)
 
 
-def report(trainer: Any) -> None:
-    """Tell whoever started this process what was distilled."""
-    import json
-
-    from kd_plugins.distiller.ending import JSON_FILE
-    from kd_plugins.yolo.callback import is_main
-
-    if not is_main():
-        return
-    with open(os.path.join(trainer.save_dir, JSON_FILE), encoding='utf-8') as file:
-        line = json.dumps({**json.load(file), 'folder': str(trainer.save_dir)})
-    with open(os.environ[REPORT], 'a', encoding='utf-8') as file:
-        file.write(f'{line}\n')
-
-
 class RecipeCallback:
     """Registers a `DistillCallback` for a recipe when a training begins, on every rank.
 
@@ -185,7 +167,9 @@ class RecipeCallback:
             if event != EVENTS[1]:
                 trainer.add_callback(event, getattr(callback, event))
         if os.environ.get(REPORT):
-            trainer.add_callback('on_train_end', report)
+            from kd_plugins.yolo.tuning import add_to_report
+
+            trainer.add_callback('on_train_end', add_to_report)
         callback.on_pretrain_routine_end(trainer)
 
     def _build(self) -> Any:

@@ -8,6 +8,10 @@ from typing import Any
 
 #: The module whose ``default_callbacks`` every new model and trainer copies.
 MODULE = 'ultralytics.utils.callbacks.base'
+#: Environment variable that names a kd.yaml: trainings of Ultralytics distil by it.
+VARIABLE = 'KD_PLUGINS_YOLO'
+#: Names a file to which a training that was distilled because of `VARIABLE` adds a line at its end.
+REPORT = 'KD_PLUGINS_YOLO_REPORT'
 
 
 def complete_callbacks(complete: Callable[[Any], None]) -> None:

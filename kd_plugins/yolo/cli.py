@@ -27,6 +27,7 @@ from typing import Any
 from kd_plugins import __version__, autoload
 from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, nearest
+from kd_plugins.on_import import VARIABLE
 from kd_plugins.recipes.options import check_names, complete, possible, read_value, read_words
 from kd_plugins.yolo.callback import EVENTS, DistillCallback, check_installed, check_version
 from kd_plugins.yolo.options import HOW, DistillOptions
@@ -355,7 +356,7 @@ def help_text() -> str:
         '  yolo-kd train ... kd=cwd,binary_kl kd_teacher=yolo11x.pt kd_weight=3 kd_neck.weight=10 kd_stop=280',
         '  yolo-kd tune model=yolo11n.yaml data=coco.yaml iterations=30 kd=kd.yaml    # every training distils',
         '  yolo-kd train resume model=runs/detect/train/weights/last.pt             # with the kd.yaml of that run',
-        f'  yolo-kd status | enable | disable    # let an unmodified yolo train read a recipe from {autoload.VARIABLE}',
+        f'  yolo-kd status | enable | disable    # let an unmodified yolo train read a recipe from {VARIABLE}',
         '',
         'Without kd options it is the yolo command (yolo help). The options:',
         '',

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from kd_plugins import autoload
+from kd_plugins.distiller.ending import JSON_FILE
 from kd_plugins.errors import DistillError
-from kd_plugins.yolo.callback import DistillCallback, logger, owner_of, quiet
+from kd_plugins.on_import import REPORT, VARIABLE
+from kd_plugins.yolo.callback import DistillCallback, is_main, logger, owner_of, quiet
 from kd_plugins.yolo.options import DistillOptions
 
 #: What a child's Python runs at its start: that of ``yolo-kd enable``, which may be there too, and what it hides.
@@ -35,7 +36,7 @@ if _hidden is not None and _hidden.loader is not None:
 """
 #: What a rehearsal does without.
 COSTLY = ('plots', 'save', 'cache', 'amp', 'compile', 'verbose')
-RECIPE, REPORT = 'kd.yaml', 'trainings.jsonl'
+RECIPE, TRAININGS = 'kd.yaml', 'trainings.jsonl'
 
 
 class _Begun(Exception):
@@ -59,7 +60,7 @@ def tune(callback: DistillCallback, model: Any, **options: Any) -> Any:
     if options.get('use_ray'):
         raise DistillError(
             "use_ray=True trains in Ray's own processes, which get no callbacks and would not distil; leave it out "
-            f'(the tuner of Ultralytics distils), or run `yolo-kd enable`, set {autoload.VARIABLE}=kd.yaml before Ray '
+            f'(the tuner of Ultralytics distils), or run `yolo-kd enable`, set {VARIABLE}=kd.yaml before Ray '
             'starts, and tune a model without a DistillCallback.'
         )
     rehearse(callback, model, options)
@@ -136,8 +137,8 @@ def inherited(options: DistillOptions, folder: Path) -> Iterator[None]:
     # Modules of `imports` may lie beside the script.
     paths = [str(folder), os.environ.get('PYTHONPATH', ''), *(p for p in sys.path[:1] if os.path.isdir(p))]
     changed = {
-        autoload.VARIABLE: str(folder / RECIPE),
-        autoload.REPORT: str(folder / REPORT),
+        VARIABLE: str(folder / RECIPE),
+        REPORT: str(folder / TRAININGS),
         'PYTHONPATH': os.pathsep.join(p for p in paths if p),
     }
     before = {name: os.environ.get(name) for name in changed}
@@ -149,10 +150,19 @@ def inherited(options: DistillOptions, folder: Path) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
+def add_to_report(trainer: Any) -> None:
+    """Tell whoever started this process what was distilled."""
+    if not is_main():
+        return
+    summary = json.loads(Path(trainer.save_dir, JSON_FILE).read_text(encoding='utf-8'))
+    with open(os.environ[REPORT], 'a', encoding='utf-8') as file:
+        file.write(json.dumps({**summary, 'folder': str(trainer.save_dir)}) + '\n')
+
+
 def read_report(folder: Path) -> list[dict[str, Any]]:
     """What the processes reported: one ``kd_summary.json`` for each training that was distilled to its end, and
     its ``folder``."""
-    path = folder / REPORT
+    path = folder / TRAININGS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kd_plugins import autoload
+from kd_plugins.on_import import VARIABLE
 from kd_plugins.yolo.cli import by_default, main
 from tests.integration.yolo_lab import RUN, results, save_teacher, train, weights_hash, write_data
 
@@ -162,7 +163,7 @@ def test_unmodified_yolo(data, teacher, tmp_path, python):
 
     def yolo(name):
         given = words(data, tmp_path, name=name)
-        done = run(YOLO, *given, cwd=tmp_path, python=python, **{autoload.VARIABLE: 'kd.yaml'})
+        done = run(YOLO, *given, cwd=tmp_path, python=python, **{VARIABLE: 'kd.yaml'})
         assert done.returncode == 0, done.stderr[-2000:]
         return tmp_path / name
 

@@ -12,6 +12,7 @@ import pytest
 from kd_plugins import autoload
 from kd_plugins.distiller import build_terms
 from kd_plugins.errors import DistillError
+from kd_plugins.on_import import VARIABLE
 from kd_plugins.yolo import DistillCallback, DistillOptions
 from kd_plugins.yolo.cli import by_default, choose, help_text, main, option_docs, overrides_of, parse_value, split
 from kd_plugins.yolo.recipe import read_options, read_recipe, recipe_of_run, write_recipe
@@ -380,17 +381,17 @@ def run_python(code, *folders, **environment):
         capture_output=True,
         text=True,
         check=True,
-        env={**{k: v for k, v in os.environ.items() if k != autoload.VARIABLE}, 'PYTHONPATH': str(REPO), **environment},
+        env={**{k: v for k, v in os.environ.items() if k != VARIABLE}, 'PYTHONPATH': str(REPO), **environment},
     ).stdout
 
 
 def test_switch(tmp_path, monkeypatch):
-    monkeypatch.delenv(autoload.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     folder = str(tmp_path)
     assert autoload.status(folder).startswith('not enabled') and not list(tmp_path.iterdir())
     assert 'Enabled by' in autoload.enable(folder)
     assert [f.name for f in tmp_path.iterdir()] == [autoload.PTH] and autoload.status(folder).startswith('enabled')
-    monkeypatch.setenv(autoload.VARIABLE, 'missing.yaml')
+    monkeypatch.setenv(VARIABLE, 'missing.yaml')
     assert 'missing.yaml, which does not exist\nyolo train distils' in autoload.status(folder)
     assert 'was removed' in autoload.disable(folder) and not list(tmp_path.iterdir())
     assert 'nothing was changed' in autoload.disable(folder)
@@ -425,7 +426,7 @@ def test_the_file_is_one_line_that_is_free_when_off(tmp_path):
 def test_set_but_without_ultralytics_nothing_heavy_is_imported(tmp_path):
     autoload.enable(str(tmp_path))
     code = "print(sorted(m for m in sys.modules if m.split('.')[0] in ('kd_plugins', 'torch', 'ultralytics')))"
-    found = run_python(code, tmp_path, **{autoload.VARIABLE: 'kd.yaml'})
+    found = run_python(code, tmp_path, **{VARIABLE: 'kd.yaml'})
     assert found.strip() == "['kd_plugins', 'kd_plugins.autoload', 'kd_plugins.on_import']"
 
 
@@ -438,7 +439,7 @@ def test_set_and_ultralytics_imported(tmp_path):
         'print("FOUND", [e for e, _ in own], {o.recipe for _, o in own}, len({id(o) for _, o in own}),'
         ' [f for f in sys.meta_path if "kd_plugins.autoload" in str(type(f))], "kd_plugins.yolo" in sys.modules)'
     )
-    found = run_python(code, tmp_path, **{autoload.VARIABLE: 'kd.yaml'})
+    found = run_python(code, tmp_path, **{VARIABLE: 'kd.yaml'})
     events = list(autoload.EVENTS)
     assert f'FOUND {events} { ({os.path.abspath("kd.yaml")}) } 1 [] False' in found
 

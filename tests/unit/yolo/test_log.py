@@ -4,6 +4,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 from kd_plugins import autoload, on_import
+from kd_plugins.on_import import VARIABLE
 from kd_plugins.yolo import log, resume
 
 DISTILLED = (
@@ -43,7 +44,7 @@ def callbacks_module():
 def test_enabled_without_a_recipe_only_resumes_are_watched(monkeypatch):
     module = callbacks_module()
     monkeypatch.setitem(sys.modules, on_import.MODULE, module)
-    monkeypatch.delenv(autoload.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     autoload.install()
     assert module.default_callbacks == {
         **callbacks_module().default_callbacks,
@@ -59,7 +60,7 @@ def test_enabled_without_a_recipe_only_resumes_are_watched(monkeypatch):
 def test_the_line_of_the_switch_looks_for_a_resume(monkeypatch):
     called = []
     monkeypatch.setattr(autoload, 'install', lambda: called.append(1))
-    monkeypatch.delenv(autoload.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     for words in (['yolo', 'train'], ['yolo', 'train', 'resume', 'model=last.pt'], ['yolo', 'train', 'resume=True']):
         monkeypatch.setattr(sys, 'orig_argv', words)
         exec(autoload.LINE)

@@ -9,8 +9,9 @@ import pytest
 
 from kd_plugins import autoload
 from kd_plugins.errors import DistillError
+from kd_plugins.on_import import REPORT, VARIABLE
 from kd_plugins.yolo import DistillCallback
-from kd_plugins.yolo.tuning import inherited, read_report, report
+from kd_plugins.yolo.tuning import add_to_report, inherited, read_report, report
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_a_child_distils_and_keeps_what_its_python_ran_before(callback, tmp_path
     theirs.mkdir()
     (theirs / 'sitecustomize.py').write_text('import os; os.environ["THEIRS"] = "ran"\n')
     monkeypatch.setenv('PYTHONPATH', str(theirs))
-    monkeypatch.delenv(autoload.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     before = dict(os.environ)
     code = (
         'import os, sys; from ultralytics.utils.callbacks import default_callbacks;'
@@ -72,10 +73,10 @@ def test_what_the_trainings_told(tmp_path, monkeypatch):
         save_dir = tmp_path / 'train'
 
     Trainer.save_dir.mkdir()
-    monkeypatch.setenv(autoload.REPORT, str(tmp_path / 'trainings.jsonl'))
+    monkeypatch.setenv(REPORT, str(tmp_path / 'trainings.jsonl'))
     for start, end in ((1.0, 0.5), (1.0, 0.25), (None, None)):
         (Trainer.save_dir / 'kd_summary.json').write_text(json.dumps({'kd_ratio': {'start': start, 'end': end}}))
-        autoload.report(Trainer)
+        add_to_report(Trainer)
     (Trainer.save_dir / 'kd.yaml').touch()
     found = read_report(tmp_path)
     text = report(found)
