@@ -122,15 +122,23 @@ def read_fcos(head: nn.Module, outputs: Any, *, training: bool) -> DensePredicti
     scores, distances, centerness = outputs
     _need_coder(head, 'DistancePointBBoxCoder')
     grid = _grid(head, scores)
-    ltrb = grid.flatten(distances, 4)
-    in_strides = head.norm_on_bbox and training
+    return _centred(head, grid, scores, centerness, ltrb=_in_strides(head, grid, distances, training))
+
+
+def _in_strides(head: nn.Module, grid: Any, distances: Any, training: bool) -> Tensor:
+    found = grid.flatten(distances, 4)
+    return found if head.norm_on_bbox and training else found / grid.stride_of
+
+
+def _centred(head: nn.Module, grid: Any, scores: Any, centerness: Any, **boxes: Any) -> DensePredictions:
+    """Predictions of a head whose scores are weighted by how central a position is."""
     return _predictions(
         grid,
         cls=grid.flatten(scores, head.cls_out_channels),
         activation=_activation(head),
         obj=grid.flatten(centerness, 1),
         obj_coding='centerness',
-        ltrb=ltrb if in_strides else ltrb / grid.stride_of,
+        **boxes,
     )
 
 
@@ -157,18 +165,8 @@ def read_rotated_fcos(head: nn.Module, outputs: Any, *, training: bool) -> Dense
     scores, distances, _, centerness = outputs
     _need_coder(head, 'DistanceAnglePointCoder')
     grid = _grid(head, scores)
-    box = grid.flatten(distances, 4)
-    in_strides = head.norm_on_bbox and training
-    return _predictions(
-        grid,
-        cls=grid.flatten(scores, head.cls_out_channels),
-        activation=_activation(head),
-        obj=grid.flatten(centerness, 1),
-        obj_coding='centerness',
-        box=box if in_strides else box / grid.stride_of,
-        box_coding=ROTATED,
-        **UNREAD,
-    )
+    box = _in_strides(head, grid, distances, training)
+    return _centred(head, grid, scores, centerness, box=box, box_coding=ROTATED, **UNREAD)
 
 
 @register_reader('mmdet.GFLHead')
