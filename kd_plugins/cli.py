@@ -23,7 +23,7 @@ from kd_plugins.errors import DistillError, nearest
 #: Name: (function that takes the words after the name, one line on what it does).
 COMMANDS = {
     'train': ('kd_plugins.mm.cli:train', 'train an MMEngine config (mmdet, mmseg, timm), plain or distilled'),
-    'init': ('kd_plugins.mm.starter.command:main', 'write a commented config for your own data, teacher included'),
+    'init': ('kd_plugins.lab.fitting.starter:main', 'write a commented config for your own data, teacher included'),
     'test': ('kd_plugins.mm.cli:test', "evaluate a student's checkpoint; needs no teacher"),
     'compare': (
         'kd_plugins.lab.comparison.command:main',

@@ -19,6 +19,7 @@ from kd_plugins import registry as ours
 from kd_plugins.distiller.terms import loss_parameters
 from kd_plugins.errors import DistillError, check_keys, nearest
 from kd_plugins.mm.configs import load_config, merge_options, missing, remove_distillation
+from kd_plugins.mm.imports import import_package
 from kd_plugins.mm.recipes import read_python
 from kd_plugins.mm.resume import ResumeGuard
 from kd_plugins.mm.starter import images
@@ -72,6 +73,7 @@ def _read_config(args: argparse.Namespace, *, tested: bool = False) -> Config:
 
 
 def _runner(config: Config) -> Runner:
+    import_package(config.get('default_scope'))
     try:
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     except KeyError as error:

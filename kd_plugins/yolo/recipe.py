@@ -139,8 +139,24 @@ def write_recipe(path: str | os.PathLike, options: DistillOptions, run: RunOptio
     except DistillError:
         known = None
     if known not in (options, full):
-        written = {k: v for k, v in full.to_dict().items() if v != _DEFAULTS.get(k)}
+        written = {k: _writable(v, k) for k, v in full.to_dict().items() if v != _DEFAULTS.get(k)}
         YAML.save(path, written, header=f'# kd_plugins {__version__}\n')
+
+
+def _writable(value: Any, key: str = '') -> Any:
+    """A value as YAML can hold it: what was given as an object is named."""
+    if isinstance(value, Mapping):
+        return {str(k): _writable(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_writable(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, '__qualname__'):
+        return f'{value.__module__}{"." if key == "type" else ":"}{value.__qualname__}'
+    # It cannot be found again: who resumes gives it to the callback once more.
+    return f'a {type(value).__name__} that was in memory'
 
 
 def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> DistillOptions:

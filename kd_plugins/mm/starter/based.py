@@ -22,17 +22,17 @@ from kd_plugins.teachers import find_source
 TIMES = ('begin', 'end', 'T_max')
 
 
-def add_options(parser: argparse.ArgumentParser, recipe: str) -> None:
+def add_options(parser: argparse.ArgumentParser, recipes: Sequence[str]) -> None:
     """The options that all students from a config share.
 
     Args:
         parser: It is added to.
-        recipe: What teaches where nothing is said.
+        recipes: Of these the first that fits teaches where nothing is said.
     """
     parser.add_argument(
         '--student', required=True, metavar='CONFIG', help="config of the student: 'mmdet::path' or a file of your own"
     )
-    add_teacher(parser, recipe)
+    add_teacher(parser, recipes)
     parser.add_argument('--epochs', type=int, help="length of an epoch-based schedule (default: the config's own)")
     parser.add_argument('--iters', type=int, help="length of an iteration-based schedule (default: the config's own)")
     parser.add_argument('-b', '--batch-size', type=int, help="images per process (default: the config's own)")
@@ -45,14 +45,15 @@ def add_options(parser: argparse.ArgumentParser, recipe: str) -> None:
     )
 
 
-def add_teacher(parser: argparse.ArgumentParser, recipe: str) -> None:
+def add_teacher(parser: argparse.ArgumentParser, recipes: Sequence[str]) -> None:
     """Who teaches what, and where the config goes."""
     parser.add_argument(
         '--teacher', '--teacher-config', metavar='CONFIG', help='config of the teacher, or a checkpoint that tells its '
         'network (beside its config, or of timm); without, the config is that of a plain student',
     )  # fmt: skip
     parser.add_argument('--teacher-checkpoint', metavar='PTH', help='weights of the teacher')
-    parser.add_argument('--kd', metavar='RECIPE', default=recipe, help='see kd-plugins recipes (default: %(default)s)')
+    default = recipes[0] if len(recipes) == 1 else f'the first of {", ".join(recipes)} that fits'
+    parser.add_argument('--kd', metavar='RECIPE', help=f'see kd-plugins recipes (default: {default})')
     parser.add_argument('--out', required=True, metavar='FILE.py', help='the config to write')
     parser.add_argument('--force', action='store_true', help='replace a file that exists')
     parser.add_argument('--seed', type=int, help='seed of every random generator')

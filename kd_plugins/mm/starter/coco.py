@@ -11,8 +11,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.mm.starter.based import Student, data_set, walk
 from kd_plugins.mm.starter.page import code, colours, common_root, in_comment, place
 
-#: The recipe where none is asked for: necks of any detectors.
-RECIPE = 'pkd'
+#: Where none is asked for, the first that fits: heads of one family taught best, then heads of any two, then necks.
+RECIPES = ('yolo_logit', 'binary_kl', 'pkd')
 
 
 class Annotations(NamedTuple):

@@ -24,8 +24,8 @@ from kd_plugins.teachers.recognition import timm_order
 
 #: What timm takes for folders of training and of validation images.
 TRAIN, VAL = ('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation')
-#: The recipe where none is asked for: it needs logits alone, so it suits any two classifiers.
-RECIPE = 'kl'
+#: Where none is asked for, the first that fits; this one needs logits alone, so it suits any two classifiers.
+RECIPES = ('kl',)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def begin(args: argparse.Namespace, words: Sequence[str]) -> None:
         raise DistillError(f'--model and --data go together; {missing[0]} is missing.')
     args.work_dir = args.work_dir or os.path.join('work_dirs', file_name(args.model))
     args.folder, args.words = look(args.data), list(words)
-    args.kd = args.kd or (RECIPE if args.teacher else None)
+    args.kd = args.kd or (RECIPES[0] if args.teacher else None)
     plain = Config.fromstring(text(args, args.folder), '.py')
     args.config = Config(dict(plain.items()), cfg_text=plain.text, filename=f'{file_name(args.model)}.py')
 

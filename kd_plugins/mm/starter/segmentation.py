@@ -15,8 +15,8 @@ from kd_plugins.errors import DistillError
 from kd_plugins.mm.starter.based import Student, data_set, walk
 from kd_plugins.mm.starter.page import code, colours, common_root, in_comment, place
 
-#: The recipe where none is asked for.
-RECIPE = 'cwd'
+#: Where none is asked for, the first that fits: class maps taught best, else features.
+RECIPES = ('cwd', 'pkd')
 #: Label maps that are read to see which classes there are.
 READ = 100
 #: mmseg's number of pixels that are of no class.

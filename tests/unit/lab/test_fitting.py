@@ -1,5 +1,8 @@
 """``kd-plugins recipes MODEL``: what fits is found by the checks of a run, in every zoo."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip('mmseg')
@@ -9,6 +12,7 @@ from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.errors import DistillError
 from kd_plugins.lab.fitting import mm, yolo
 from kd_plugins.lab.fitting.command import main, report
+from kd_plugins.lab.fitting.starter import first_that_fits
 from kd_plugins.lab.fitting.trial import Trial, others, try_recipe, try_recipes, weights_text
 
 #: Transformer features and a head without a neck in between, as in SegFormer.
@@ -57,6 +61,23 @@ def test_a_head_that_cannot_be_read_leaves_its_features(tmp_path):
     reason = next(t.reason for t in trials if t.recipe == 'yolo_logit')
     assert 'distil the neck instead, e.g. --kd pkd' in reason and len(reason) < 400 and '\n' not in reason
     assert reason.split()[0] in report(pair, trials)
+
+
+def test_a_starter_takes_the_first_that_fits(tmp_path, capsys):
+    (tmp_path / 'two.py').write_text(TWO_STAGES)
+    args = argparse.Namespace(teacher=str(tmp_path / 'two.py'), teacher_checkpoint=None)
+    written = []
+
+    def text(recipe, file):
+        written.append(file)
+        return TWO_STAGES
+
+    assert first_that_fits(text, ('yolo_logit', 'pkd', 'cwd'), args) == 'pkd'
+    notes = capsys.readouterr().out
+    assert notes.count('note: ') == 1 and notes.startswith('note: yolo_logit does not fit: ')
+    with pytest.raises(DistillError, match=r'yolo_logit does not fit: .*distil the neck instead') as error:
+        first_that_fits(text, ('yolo_logit',), args)
+    assert len(str(error.value)) < 400 and not any(Path(file).exists() for file in written)
 
 
 def test_models_of_ultralytics(tmp_path):

@@ -148,6 +148,22 @@ def stands_for(options):
     return options.expand(**FACTS).to_dict()
 
 
+def test_objects_are_named_in_the_record(tmp_path):
+    """The run goes on; who resumes it is told what the file cannot hold."""
+    from torch import nn
+
+    from kd_plugins.teachers.from_module import resolve
+
+    path = tmp_path / 'kd.yaml'
+    record(path, DistillOptions(dict(module=nn.Linear, options=dict(sizes=(1, 2)), checkpoint=tmp_path / 'a.pth')))
+    teacher = read_options(path).teacher
+    assert resolve(teacher['module']) is nn.Linear and teacher['options'] == dict(sizes=[1, 2])
+    assert teacher['checkpoint'] == str(tmp_path / 'a.pth')
+    record(path, DistillOptions(dict(module=nn.Linear(2, 2))))
+    with pytest.raises(DistillError, match=r"'package\.module:factory', got 'a Linear that was in memory'"):
+        resolve(read_options(path).teacher['module'])
+
+
 def write_last(folder, columns=('train/box_loss', 'train/kdcls_loss')):
     """The last.pt of a run whose results.csv has some columns."""
     import torch
