@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,6 +27,7 @@ INSTEAD = {
     '--seeds 3': '--seeds 1',
     'stop=1000': 'stop=2',
     'kd_stop=280': 'kd_stop=1',
+    'iterations=30 epochs=10': 'iterations=1 epochs=1',
     'weight=1,3,10': 'weight=1,3',
     'epoch_300.pth': 'epoch_1.pth',
     '--out big.py': '--epochs 1 -b 2 -j 0 --out big.py',
@@ -50,8 +52,12 @@ INSTEAD = {
     'timm::regnety_160': 'timm::test_resnet',
     'regnety_160.pth': 'timm.pth',
 }
-#: What every command of Ultralytics is given besides.
-YOLO = dict(imgsz=64, batch=4, workers=0, device='cpu', amp=False, plots=False, exist_ok=True, project='runs/detect')
+
+
+def small() -> dict[str, Any]:
+    """What every command of Ultralytics is given besides; it puts relative folders elsewhere under pytest."""
+    project = str(Path('runs/detect').absolute())
+    return dict(imgsz=64, batch=4, workers=0, device='cpu', amp=False, plots=False, exist_ok=True, project=project)
 
 
 def shrunk(text: str) -> str:
@@ -87,13 +93,18 @@ def own_coco(labs):
 
 def own_maps(labs):
     """Folders of images and maps, and a teacher as a run leaves it: its config beside its weights."""
+    import torch
+
     root = labs('segmentation').root
     for part in ('train', 'val'):
         shutil.copytree(root / 'images', f'images/{part}')
         shutil.copytree(root / 'labels', f'maps/{part}')
     Path('work_dirs/big').mkdir(parents=True)
     shutil.copy('my_big_segmentor.py', 'work_dirs/big')
-    shutil.copy('big.pth', 'work_dirs/big/iter_80000.pth')
+    saved = torch.load('big.pth', weights_only=False)
+    weights = saved.get('state_dict', saved)
+    meta = dict(experiment_name='my_big_segmentor_20260101_000000')
+    torch.save(dict(state_dict=weights, meta=meta), 'work_dirs/big/iter_80000.pth')
 
 
 def segmentors(labs, student='my_segmentor.py', teacher='my_big_segmentor.py'):
@@ -170,7 +181,7 @@ def run_command(words: list[str]) -> None:
     elif words[0] == 'yolo-kd':
         from kd_plugins.yolo.cli import main
 
-        assert main([*words[1:], *(f'{k}={v}' for k, v in dict(YOLO, epochs=1).items())]) == 0
+        assert main([*words[1:], *(f'{k}={v}' for k, v in dict(small(), epochs=1).items())]) == 0
     else:
         pytest.fail(f'no way to run {" ".join(words)!r}: mark it, or add one here')
 
@@ -178,7 +189,7 @@ def run_command(words: list[str]) -> None:
 def run_python(body: str) -> None:
     """Runs a snippet; a config is left for the commands after it, and is trained where it says with what."""
     if 'custom_imports' not in body:
-        given = ', '.join(f'{k}={v!r}' for k, v in YOLO.items())
+        given = ', '.join(f'{k}={v!r}' for k, v in small().items())
         Path('snippet.py').write_text(body.replace('epochs=1)', f'epochs=1, {given})'))
         runpy.run_path('snippet.py', run_name='__main__')
         return

@@ -34,7 +34,7 @@ EPOCHS = 10
 SHORT = (*OPTIONS, 'scale=0.0', 'translate=0.0', 'hsv_h=0.0', 'hsv_s=0.0', 'hsv_v=0.0', 'val=False')
 #: As little training as the gain can still be seen after: a teacher that saw fewer scenes teaches half as much.
 SHORT_EPOCHS = dict(teacher=4, student=4)
-SHORT_STUDENT = ('fraction=0.85',)
+SHORT_STUDENT = ('fraction=0.92',)
 
 
 def demo(work_dir: str | os.PathLike = 'work_dirs/demo/yolo', **options: Any) -> dict[str, Any]:
