@@ -2,11 +2,11 @@
 
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.bank import AdapterBank
-from kd_plugins.distiller.host import Host, Position
+from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.optimizer import AdapterOptimizer
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.rng import untouched_rng
-from kd_plugins.distiller.schedules import Schedule, Window, build_window, register_schedule
+from kd_plugins.distiller.schedules import Position, Schedule, Window, build_window, register_schedule
 from kd_plugins.distiller.session import CannotRunError, Session
 from kd_plugins.distiller.summary import summary
 from kd_plugins.distiller.taps import Capture, Tap, find_module, map_tensors

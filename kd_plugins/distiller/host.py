@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from kd_plugins.distiller.taps import Tap
-
-
-@dataclass
-class Position:
-    """Where in the run the next iteration is.
-
-    Attributes:
-        iteration: Iterations done.
-        max_iterations: Iterations of the whole run.
-        unit: Epochs done in an epoch-based run, otherwise iterations: what ``start`` and ``stop`` are counted in.
-    """
-
-    iteration: float = 0
-    max_iterations: float = 1
-    unit: int = 0
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the run that is done, in [0, 1]."""
-        return min(self.iteration / max(self.max_iterations, 1), 1.0)
 
 
 class Host:

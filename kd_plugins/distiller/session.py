@@ -16,12 +16,12 @@ from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.balance import AIM, Balance
 from kd_plugins.distiller.bank import AdapterBank
 from kd_plugins.distiller.history import History
-from kd_plugins.distiller.host import Host, Position
+from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
 from kd_plugins.distiller.parts import Parts, trainable
 from kd_plugins.distiller.protocol import Detector, Teacher
-from kd_plugins.distiller.schedules import Constant, Window
+from kd_plugins.distiller.schedules import Constant, Position, Window
 from kd_plugins.distiller.summary import Row
 from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.terms import Resolver, Term
@@ -184,13 +184,40 @@ class Session(Apart):
 
     def weight(self, term: Term) -> float:
         """A term's weight at the current position."""
-        return term.weight(self.position.progress)
+        return term.weight(self.position)
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every term at the current position, 0 while it is off."""
         on = {t.name for t in self.live}
         return {name: self.weight(t) if name in on else 0.0 for name, t in self.terms.items()}
+
+    def begin_run(self, position: Position, total: int | None = None) -> None:
+        """The run begins at a position, or goes on there.
+
+        Args:
+            position: Of its first iteration.
+            total: Where it ends, in the units of windows; None: not known yet.
+
+        Raises:
+            DistillError: A window is behind the end of the run, or a schedule counts what the run does not.
+        """
+        self.position = position
+        unit = 'iteration' if position.epoch is None else 'epoch'
+        windows = {'': self.window, **{f'term {name!r}: ': t.window for name, t in self.terms.items()}}
+        for where, window in windows.items():
+            end = min((x for x in (total, self.window.stop) if x is not None), default=None)
+            if end is not None and window.start >= end:
+                what = 'the end of the run' if end == total else 'stop, the end of the distillation'
+                raise DistillError(
+                    f'{where}start={window.start} is not before {what} ({end} {unit}s): KD would never run.'
+                )
+        for term in self.terms.values():
+            try:
+                self.weight(term)
+                _ = term.temperature and term.temperature(position)
+            except DistillError as error:
+                raise DistillError(f'term {term.name!r}: {error}') from error
 
     def begin_iteration(self, position: Position) -> None:
         """A training iteration begins; the one before must have asked for :meth:`losses` if KD was on.
@@ -498,7 +525,7 @@ class Session(Apart):
         batch = Batch(capture, taught, labels)
         for term in live:
             if term.temperature is not None:
-                cast(Extras, term.loss).temperature = term.temperature(self.position.progress)
+                cast(Extras, term.loss).temperature = term.temperature(self.position)
             try:
                 value = self._term_loss(term, batch)
             except DistillError as error:
@@ -662,9 +689,9 @@ class Session(Apart):
     # ------------------------------------------------------------------ around the losses
     def proportion(self) -> str | None:
         """A sentence when KD was out of proportion since the last call, with what to write; once per direction."""
-        live, now = self.live, self.position.progress
+        live, now = self.live, self.position
         # Weights that are still on their way up are small on purpose, and with alpha=1 KD is to be all there is.
-        rising = any(t.weight(1.0) > self.weight(t) for t in live)
+        rising = any(t.weight(now.end) > self.weight(t) for t in live)
         found = None if self.alpha == 1 else self.balance.verdict(low=not rising)
         if found is None:
             return None

@@ -54,7 +54,10 @@ def find_in_registries(name: str) -> Callable[..., nn.Module] | None:
 
 def position_of(runner: Any) -> Position:
     """Where the next iteration is."""
-    return Position(runner.iter, runner.max_iters, unit_of(runner)[1])
+    unit, done, total = unit_of(runner)
+    if unit == 'iteration':
+        return Position(runner.iter, runner.max_iters, done)
+    return Position(runner.iter, runner.max_iters, done, runner.iter * total / max(runner.max_iters, 1), total)
 
 
 def unit_of(runner: Any) -> tuple[str, int, int]:

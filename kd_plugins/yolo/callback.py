@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from kd_plugins.distiller import (
-    Position,
     Session,
     build_terms,
     find_module,
@@ -46,7 +45,7 @@ from kd_plugins.yolo.host import UltralyticsHost
 from kd_plugins.yolo.log import begin_columns
 from kd_plugins.yolo.options import DistillOptions
 from kd_plugins.yolo.recipe import FILE, write_recipe
-from kd_plugins.yolo.run import Run
+from kd_plugins.yolo.run import Run, position_of
 from kd_plugins.yolo.scoring import MAIN, UltralyticsScorer
 from kd_plugins.yolo.task import CLASSIFICATION, TASKS
 from kd_plugins.yolo.teacher import class_count, class_names, find_teacher, input_channels
@@ -218,10 +217,10 @@ class DistillCallback:
         taught = host.task.trained(trainer.args.classes)
         classes = match_teachers(session, names, options, class_count(student), taught)
         # With a limit of time the number of epochs is found out on the way.
-        if session.window.start >= trainer.epochs and not trainer.args.time:
-            raise DistillError(
-                f'start={session.window.start} is not before the end of the run ({trainer.epochs} epochs).'
-            )
+        batches = max(len(trainer.train_loader), 1)
+        session.begin_run(
+            position_of(trainer, trainer.start_epoch, batches), None if trainer.args.time else trainer.epochs
+        )
         with untouched_rng():
             images, batch = example_batch(trainer, channels, images_of(session.terms.values()))
             rows = session.check(images, batch)
@@ -253,7 +252,7 @@ class DistillCallback:
             if trainer.resume:
                 begin_columns(Path(trainer.csv))
             write_recipe(os.path.join(trainer.save_dir, FILE), self.options, options, session)
-        run.batches = max(len(trainer.train_loader), 1)
+        run.batches = batches
         self._runs[trainer] = run
         self._history = session.history
 
@@ -267,8 +266,7 @@ class DistillCallback:
         """Tell the schedules where the run is."""
         run = self._runs.get(trainer)
         if run is not None:
-            done = trainer.epoch + min(run.batch / run.batches, 1.0)
-            run.begin_batch(Position(done, max(trainer.epochs, 1), trainer.epoch))
+            run.begin_batch(position_of(trainer, trainer.epoch, run.batches, run.batch))
             run.batch += 1
 
     def on_train_epoch_end(self, trainer: Any) -> None:

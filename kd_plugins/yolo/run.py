@@ -247,3 +247,16 @@ class Run:
             )
         self._states = {epoch: states[epoch]}
         self.session.load_state(states[epoch], str(path))
+
+
+def position_of(trainer: Any, epoch: int, batches: int, batch: int = 0) -> Position:
+    """Where the next iteration is.
+
+    Args:
+        trainer: It may change the number of epochs on the way.
+        epoch: The current one.
+        batches: Of an epoch.
+        batch: Of the current one.
+    """
+    batch, epochs = min(batch, batches), max(trainer.epochs, 1)
+    return Position(epoch * batches + batch, epochs * batches, epoch, epoch + batch / batches, epochs)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kd_plugins.distiller import Schedule, register_schedule
+from kd_plugins.distiller import Position, Schedule, register_schedule
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Halving:
     start: float
     times: float
 
-    def __call__(self, progress: float) -> float:
-        return self.start * 0.5 ** (self.times * progress)
+    def __call__(self, position: Position) -> float:
+        return self.start * 0.5 ** (self.times * position.progress)
 
     def __str__(self) -> str:
         return f'{self.start:g}, halved {self.times:g} times'
