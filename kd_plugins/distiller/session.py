@@ -186,11 +186,14 @@ class Session(Apart):
         """A term's weight at the current position."""
         return term.weight(self.position)
 
+    def _found_weight(self, term: Term) -> float:
+        return self.weight(term) * (1.0 if term.ratio is None else term.ratio.current)
+
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every term at the current position, 0 while it is off."""
         on = {t.name for t in self.live}
-        return {name: self.weight(t) if name in on else 0.0 for name, t in self.terms.items()}
+        return {name: self._found_weight(t) if name in on else 0.0 for name, t in self.terms.items()}
 
     def begin_run(self, position: Position, total: int | None = None) -> None:
         """The run begins at a position, or goes on there.
@@ -218,6 +221,11 @@ class Session(Apart):
                 _ = term.temperature and term.temperature(position)
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
+            if term.ratio is not None and self.alpha == 1:
+                raise DistillError(
+                    f"term {term.name!r}: weight='auto' holds KD at a share of the student's own loss, which alpha=1 "
+                    'leaves out; write a number, or another alpha.'
+                )
 
     def begin_iteration(self, position: Position) -> None:
         """A training iteration begins; the one before must have asked for :meth:`losses` if KD was on.
@@ -453,7 +461,7 @@ class Session(Apart):
             teacher_shape=found[1],
             adapter=adapter,
             parameters=sum(p.numel() for p in self.parts.of(term).parameters()),
-            weight=str(term.weight),
+            weight=term.weight_text,
             when='' if term.window == Window() else str(term.window),
             value=float(value),
         )
@@ -494,13 +502,15 @@ class Session(Apart):
         found = [self._detections(name, tap, batch) for name, tap in named.items() if name in self._taught]
         return [torch.cat(rows) for rows in zip(*found, strict=True)] if found else None
 
-    def losses(self, capture: Capture, inputs: Any, samples: Any) -> dict[str, Tensor]:
+    def losses(self, capture: Capture, inputs: Any, samples: Any, task: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted KD losses of one iteration.
 
         Args:
             capture: The closed capture of the student's forward pass.
             inputs: The batch the student saw.
             samples: What the framework hands on with it.
+            task: The student's own loss, a scalar in the scale of the KD losses; only weights that are held at a share
+                of it need it.
 
         Returns:
             ``loss_kd_<name>`` for every term (a constant 0 while the term is off), with gradients to the student.
@@ -531,8 +541,20 @@ class Session(Apart):
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
             balance = 1.0 if self.alpha is None else self.alpha
-            result[f'loss_kd_{term.name}'] = value * (self.weight(term) * balance * self.host.factor(term.student))
+            share = balance * self.host.factor(term.student)
+            weight = self.weight(term) if term.ratio is None else self._find_weight(term, value * share, task)
+            result[f'loss_kd_{term.name}'] = value * (weight * share)
         return {key: result[key] for key in (f'loss_kd_{name}' for name in self.terms)}
+
+    def _find_weight(self, term: Term, value: Tensor, task: Tensor | None) -> Tensor:
+        assert term.ratio is not None
+        if task is None:
+            raise DistillError(
+                f"term {term.name!r}: weight='auto' holds KD at a share of the student's own loss; give that to "
+                'session.losses(..., task=loss).'
+            )
+        own = 1.0 if self.alpha is None else 1 - self.alpha
+        return term.ratio.weight(task * own, value) * self.weight(term)
 
     def _teach(self, live: Sequence[Term], inputs: Any, samples: Any) -> dict[str, Capture]:
         """Run every teacher that a term needs."""
@@ -656,8 +678,11 @@ class Session(Apart):
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; empty where a checkpoint of the student says it all."""
         found: dict[str, Any] = {} if self.optimizer is None else dict(self.optimizer.state())
-        teachers = {name: saved for name, t in self.teachers.items() if (saved := dict(t.state()))}
-        return {**found, 'teachers': teachers} if teachers else found
+        parts = {
+            'teachers': {name: saved for name, t in self.teachers.items() if (saved := dict(t.state()))},
+            'weights': {name: t.ratio.state() for name, t in self.terms.items() if t.ratio is not None},
+        }
+        return {**found, **{key: saved for key, saved in parts.items() if saved}}
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:
         """Restore what :meth:`state` returned; after :meth:`attach`.
@@ -676,6 +701,11 @@ class Session(Apart):
                     'start a distilled run from its weights use load_from without --resume.'
                 )
             self.optimizer.load_state(state, source)
+        for name, weight in state.get('weights', {}).items():
+            # One that is new in the resumed run is found from its first batches.
+            ratio = self.terms[name].ratio if name in self.terms else None
+            if ratio is not None:
+                ratio.load_state(weight)
         saved = state.get('teachers', {})
         for name, teacher in self.teachers.items():
             if teacher.state():
@@ -698,7 +728,7 @@ class Session(Apart):
         verdict, factor = found
         advice = 'lower the weights' if factor < 1 else 'raise the weights'
         if live and math.isfinite(factor):
-            constant = [isinstance(t.weight, Constant) for t in live]
+            constant = [isinstance(t.weight, Constant) and t.ratio is None for t in live]
             numbers = [f'{t.name}: weight={_rounded(t.weight(now) * factor)}' for t in live]
             if not all(constant):
                 advice += f': {_rounded(factor)} times what they are'

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 import kd_plugins.losses as losses
-from kd_plugins.distiller.schedules import Schedule, Window, build_schedule, build_window, is_zero
+from kd_plugins.distiller.ratio import Ratio, build_weight
+from kd_plugins.distiller.schedules import Constant, Schedule, Window, build_schedule, build_window, is_zero
 from kd_plugins.distiller.taps import Tap
 from kd_plugins.distiller.weighting import Weighting, build_weighting
 from kd_plugins.errors import DistillError, check_keys, in_words, nearest
@@ -92,6 +93,7 @@ class Term:
         temperature: Schedule of the loss's temperature, or None to leave it as configured.
         window: Where in the run it is on, within the window of the run.
         samples: How much each image counts, or None: all alike.
+        ratio: What finds the weight in the run, which is then multiplied by the schedule; None: the schedule is all.
     """
 
     name: str
@@ -105,6 +107,14 @@ class Term:
     teacher_adapter: Any = None
     window: Window = field(default_factory=Window)
     samples: Weighting | None = None
+    ratio: Ratio | None = None
+
+    @property
+    def weight_text(self) -> str:
+        """The weight in words."""
+        if self.ratio is None:
+            return str(self.weight)
+        return str(self.ratio) + ('' if isinstance(self.weight, Constant) else f', times {self.weight}')
 
     @property
     def consumes(self) -> str:
@@ -319,18 +329,20 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     student = Tap.parse(cfg['student'], f'{where}: student')
     if student.owner:
         raise DistillError(f'{where}: there is one student; write student={str(student).partition(":")[2]!r}.')
+    weight, ratio = build_weight(cfg.get('weight', 1.0), f'{where}: weight')
     return Term(
         name=name,
         loss=loss,
         student=student,
         teacher=Tap.parse(cfg['teacher'], f'{where}: teacher'),
         adapter=adapter,
-        weight=build_schedule(cfg.get('weight', 1.0), f'{where}: weight'),
+        weight=weight,
         temperature=temperature,
         declared=declared,
         teacher_adapter=teacher_adapter,
         window=build_window(cfg.get('start'), cfg.get('stop'), f'{where}: '),
         samples=build_weighting(cfg.get('samples'), f'{where}: samples'),
+        ratio=ratio,
     )
 
 

@@ -372,11 +372,12 @@ class DistillHook(Hook):
         inputs, samples = _batch(args, kwargs)
         if not isinstance(output, dict):
             raise DistillError(f'{type(model).__name__} returned {type(output).__name__} as losses, expected a dict.')
-        kd = self.session.losses(capture, inputs, samples)
+        task = _total(output)
+        kd = self.session.losses(capture, inputs, samples, task.detach())
         clash = sorted(set(output) & set(kd))
         if clash:
             raise DistillError(f'{type(model).__name__} already logs {clash[0]!r}; rename the term.')
-        task, taught = _total(output), _total(kd)
+        taught = _total(kd)
         if capture is not None:
             self.session.refuse_nan(task, kd)
             self.session.balance.add(task, taught)

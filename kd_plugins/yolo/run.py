@@ -187,8 +187,9 @@ class Run:
             return loss, {**items, **dict.fromkeys((*self.columns.values(), RATIO), zero)}
         capture = self.session.capture(known=self.session.student_modules) if capture is None else capture
         capture.put(self._head, preds, training=True, module=self.student.get_submodule(self._head))
-        values = self.session.losses(capture, batch['img'], batch)
-        kd = torch.stack([v.float() for v in values.values()]).sum() * self.host.task.scale(batch['img'])
+        scale = self.host.task.scale(batch['img'])
+        values = self.session.losses(capture, batch['img'], batch, loss.detach().sum() / scale)
+        kd = torch.stack([v.float() for v in values.values()]).sum() * scale
         logged: dict[str, Tensor] = {}
         for name, column in self.columns.items():
             value = values[f'loss_kd_{name}'].detach()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_plugins.distiller import Host, Session, Teacher, images_of, untouched_rng
+from kd_plugins.distiller.ratio import Ratio
 from kd_plugins.distiller.schedules import Constant, Schedule
 from kd_plugins.distiller.terms import Lookup
 from kd_plugins.errors import DistillError
@@ -95,16 +96,16 @@ def try_recipe(pair: Pair, name: str) -> Trial:
             session.check(*pair.batch(images_of(session.terms.values())))
     except DistillError as error:
         return Trial(name, reason=' '.join(str(error).split()))
-    return Trial(name, weights_text({n: t.weight for n, t in session.terms.items()}, options.alpha))
+    return Trial(name, weights_text({n: t.ratio or t.weight for n, t in session.terms.items()}, options.alpha))
 
 
-def weights_text(weights: Mapping[str, Schedule], alpha: float | None = None) -> str:
+def weights_text(weights: Mapping[str, Schedule | Ratio], alpha: float | None = None) -> str:
     """Weights of terms with the range that is worth trying: ``neck 3 (1 to 9)``."""
     parts = [f'{name} {_weight(weight)}' for name, weight in weights.items()]
     return ', '.join([*parts, *([f'alpha {alpha:g}'] if alpha is not None else [])])
 
 
-def _weight(weight: Schedule) -> str:
+def _weight(weight: Schedule | Ratio) -> str:
     if not isinstance(weight, Constant):
         return str(weight)
     return f'{weight} ({weight.value / SPREAD:.2g} to {weight.value * SPREAD:.2g})'
