@@ -124,9 +124,15 @@ class Ramp:
 
     def __call__(self, position: Position) -> float:
         x = min(max((position.time(self.by) - self.begin) / (self.until - self.begin), 0.0), 1.0)
+        if x == 1:
+            return self.end
         if self.shape == 'cosine':
             x = (1 - math.cos(math.pi * x)) / 2
         return self.start + (self.end - self.start) * x
+
+    def ended(self, position: Position) -> bool:
+        """See `ended`."""
+        return self.end == 0 and position.time(self.by) >= self.until
 
     def __str__(self) -> str:
         return f'{self.start:g} -> {self.end:g} ({self.shape}, {self.begin:g} to {self.until:g} {BY[self.by]})'
@@ -204,6 +210,11 @@ class Piecewise:
         (left, low), (right, high) = self.points[at - 1], self.points[at]
         return low + (high - low) * (time - left) / (right - left)
 
+    def ended(self, position: Position) -> bool:
+        """See `ended`."""
+        time = position.time(self.by)
+        return self(position) == 0 and all(value == 0 for at, value in self.points if at > time)
+
     def __str__(self) -> str:
         return ', '.join(f'{value:g} at {time:g}' for time, value in self.points) + f' {BY[self.by]}'
 
@@ -224,6 +235,10 @@ class WarmUp:
 
     def __call__(self, position: Position) -> float:
         return self.value(position) * min(position.time(self.by) / self.until, 1.0)
+
+    def ended(self, position: Position) -> bool:
+        """See `ended`."""
+        return ended(self.value, position)
 
     def __str__(self) -> str:
         return f'{self.value}, warmed up until {self.until:g} {BY[self.by]}'
@@ -438,3 +453,14 @@ def _warmup(options: dict[str, Any], where: str, number: Number) -> Schedule:
 def is_zero(schedule: Schedule) -> bool:
     """Whether a value is 0 throughout the run."""
     return isinstance(schedule, Constant) and schedule.value == 0
+
+
+def ended(schedule: Schedule, position: Position) -> bool:
+    """Whether a value is 0 from a position to the end of the run; one that does not tell (`Schedule` says how) is not.
+
+    Args:
+        schedule: May have a method ``ended(position) -> bool``.
+        position: Of the next iteration.
+    """
+    tell = getattr(schedule, 'ended', None)
+    return is_zero(schedule) if tell is None else bool(tell(position))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logi
 from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
 from kd_plugins.distiller.parts import Parts, trainable
 from kd_plugins.distiller.protocol import Detector, Teacher
-from kd_plugins.distiller.schedules import Constant, Position, Window
+from kd_plugins.distiller.schedules import Constant, Position, Window, ended
 from kd_plugins.distiller.summary import Row
 from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.terms import Resolver, Term
@@ -100,7 +101,7 @@ class Session(Apart):
         self._handle: Any = None
         self._captures: dict[tuple[str, ...], Capture] = {}
         self._taught: dict[str, Capture] | None = None
-        self._asked, self._missed, self._checked = 0, 0, False
+        self._asked, self._missed, self._checked, self._began = 0, 0, False, False
         for term in terms.values():
             try:
                 self._find_places(term)
@@ -227,8 +228,34 @@ class Session(Apart):
                     'leaves out; write a number, or another alpha.'
                 )
 
-    def begin_iteration(self, position: Position) -> None:
+    def over(self, term: Term) -> bool:
+        """Whether a term will not be on again."""
+        stops = [w.stop for w in (self.window, term.window) if w.stop is not None]
+        if any(self.position.unit >= stop for stop in stops):
+            return True
+        # A weight of 0 throughout is a plain run that somebody compares with, and ends when that does.
+        return not term.always_zero and ended(term.weight, self.position)
+
+    def _release(self) -> str | None:
+        """Let go of the teachers that no term will ask again, and of their memory."""
+        released = [n for n in self.teachers if all(map(self.over, self._of(n)))]
+        if not released:
+            return None
+        self._taught = None
+        for name in released:
+            del self.teachers[name]
+        # What hangs on modules refers to them, so counting references does not free them.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        left = f'; {len(self.teachers)} of the teachers go on' if self.teachers else ''
+        return f'Distillation is over: no term is on from here, and the teacher was released{left}.'
+
+    def begin_iteration(self, position: Position) -> str | None:
         """A training iteration begins; the one before must have asked for :meth:`losses` if KD was on.
+
+        Returns:
+            A sentence for the log when teachers were released, because their last window is over.
 
         Raises:
             DistillError: KD was on in several iterations, and the losses were never asked for.
@@ -240,8 +267,10 @@ class Session(Apart):
             )
         # One that is done again, with less memory, has not been missed.
         self._missed = 0 if position.iteration <= self.position.iteration else self._missed
-        self.position = position
+        begins = position.unit != self.position.unit or not self._began
+        self.position, self._began = position, True
         self._missed += self.active
+        return self._release() if begins else None
 
     @property
     def asked(self) -> int:
@@ -708,7 +737,7 @@ class Session(Apart):
                 ratio.load_state(weight)
         saved = state.get('teachers', {})
         for name, teacher in self.teachers.items():
-            if teacher.state():
+            if teacher.state() and not all(map(self.over, self._of(name))):
                 if name not in saved:
                     raise DistillError(
                         f'{source} to resume from holds nothing of the teacher {name!r} ({teacher.mode}), so it was '

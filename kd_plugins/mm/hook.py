@@ -225,7 +225,9 @@ class DistillHook(Hook):
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Tell schedules where the run is."""
-        self.session.begin_iteration(position_of(runner))
+        released = self.session.begin_iteration(position_of(runner))
+        if released is not None:
+            runner.logger.info(released)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Without epochs, keep what was logged, and warn when KD was out of proportion for a while."""

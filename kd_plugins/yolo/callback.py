@@ -266,7 +266,9 @@ class DistillCallback:
         """Tell the schedules where the run is."""
         run = self._runs.get(trainer)
         if run is not None:
-            run.begin_batch(position_of(trainer, trainer.epoch, run.batches, run.batch))
+            released = run.begin_batch(position_of(trainer, trainer.epoch, run.batches, run.batch))
+            if released is not None and is_main():
+                logger().info(released)
             run.batch += 1
 
     def on_train_epoch_end(self, trainer: Any) -> None:

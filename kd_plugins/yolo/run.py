@@ -132,14 +132,19 @@ class Run:
         self.session.detach()
 
     # ------------------------------------------------------------------ every batch
-    def begin_batch(self, position: Position) -> None:
-        """A batch begins: record what the student computes at the taps other than its head."""
-        self.session.begin_iteration(position)
+    def begin_batch(self, position: Position) -> str | None:
+        """A batch begins: record what the student computes at the taps other than its head.
+
+        Returns:
+            A sentence for the log, see `Session.begin_iteration`.
+        """
+        released = self.session.begin_iteration(position)
         self.close()
         if self.session.active:
             capture = self.session.capture(known=[self._head])
             if capture.modules:
                 self._capture = capture.open()
+        return released
 
     def close(self) -> None:
         """Stop recording."""

@@ -1,10 +1,12 @@
 """What the engine makes of one iteration: levels, precision, the temperature of the moment, heads that ran twice."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Position, Session, build_terms
+from kd_plugins.distiller import Position, Session, build_terms, build_window
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import feature_mse, kl_div
 from kd_plugins.predictions import ClassLogits, ClassPredictions
@@ -149,3 +151,76 @@ def test_tokens_of_no_image_have_no_grid():
         student(IMAGES)
     with pytest.raises(DistillError, match=r"student 'neck': the batch is no tensor of images, .*an adapter of your"):
         session.losses(capture, {'images': IMAGES}, None)
+
+
+def distilled(session, position):
+    """One iteration: what the log is told, and whether the teacher ran."""
+    said = session.begin_iteration(position)
+    ran = []
+    session.teachers and session.teacher.model.register_forward_hook(lambda *args: ran.append(1))
+    if session.active:
+        value_of(session)
+    return said, bool(ran)
+
+
+COSINE = dict(type='cosine', start=1, end=0, until=0.5)
+ENDINGS = {
+    'of the run': (build_window(None, 2), {}),
+    'of the term': (None, dict(stop=2)),
+    'of its weight': (None, dict(weight=dict(type='linear', start=1, end=0, until=0.5))),
+    'of its points': (None, dict(weight=dict(type='piecewise', points=[[0, 1], [0.4, 1], [0.4, 0], [1, 0]]))),
+    'warmed up': (
+        {},
+        dict(weight=dict(type='warmup', until=0.1, value=dict(type='cosine', start=1, end=0, until=0.5))),
+    ),
+}
+
+
+@pytest.mark.parametrize('ending', ENDINGS)
+def test_after_its_end_there_is_no_teacher(ending):
+    """It is not run, and nothing holds its memory; iterations are those of the plain run."""
+    window, term = ENDINGS[ending]
+    session = session_of(Net(0), Net(1), loss=dict(type='KLDivLoss'), student='logits', teacher='logits', **term)
+    session.window = window or session.window
+    session.begin_run(Position(0, 8, 0, 0, 4), 4)
+    session.check(IMAGES)
+    held = weakref.ref(session.teacher.model)
+    for batch in range(8):
+        said, ran = distilled(session, Position(batch, 8, batch // 2, batch / 2, 4))
+        assert ran == (('warmed' in ending) <= batch < 4) and (said is not None) == (batch == 4)
+    assert held() is None and session.teachers == {} and session.finish() is None
+    assert session.state() == {} and session.weights == dict(term=0.0)
+    with session.capture() as capture:
+        session.student(IMAGES)
+    assert session.losses(capture, IMAGES, None)['loss_kd_term'] == 0
+
+
+def test_what_may_come_on_again_keeps_its_teacher():
+    """A start that is still to come, a weight that rises again, a plain run of weight 0 that is compared with."""
+    for term in (
+        dict(start=3),
+        dict(weight=dict(type='piecewise', points=[[0, 1], [0.3, 0], [0.9, 0], [1, 1]])),
+        dict(weight=0.0),
+    ):
+        session = session_of(Net(0), Net(1), loss=dict(type='KLDivLoss'), student='logits', teacher='logits', **term)
+        session.begin_run(Position(0, 8, 0, 0, 4), 4)
+        for batch in range(8):
+            session.begin_iteration(Position(batch, 8, batch // 2, batch / 2, 4))
+            session.active and value_of(session)
+        assert list(session.teachers) == ['']
+
+
+def test_one_of_two_teachers_may_go():
+    def held():
+        return FrozenTeacher(
+            Net(1), lambda model, inputs, *rest: model(inputs), lambda inputs, samples: inputs, name='n'
+        )
+
+    term = dict(loss=dict(type='KLDivLoss'), student='logits')
+    terms = dict(first=dict(term, teacher='a:logits', stop=1), second=dict(term, teacher='b:logits'))
+    session = Session(Net(0), dict(a=held(), b=held()), build_terms(terms))
+    session.check(IMAGES)
+    said = [session.begin_iteration(Position(i, 2, i)) for i in range(2)]
+    assert (
+        said[0] is None and said[1].endswith('released; 1 of the teachers go on.') and list(session.teachers) == ['b']
+    )
