@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_plugins.distiller import resolver_of
+from kd_plugins.distiller.ratio import build_weight
 from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.distiller.scoring import check_score_teacher
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
@@ -151,7 +152,7 @@ class DistillOptions:
             )
         for name in ('cls', 'box', 'mask', 'feature'):
             if getattr(self, name) is not None:
-                build_schedule(getattr(self, name), name)
+                build_weight(getattr(self, name), name)
         if isinstance(self.obj, bool) or not isinstance(self.obj, (int, float)) or self.obj != 0:
             raise DistillError(
                 f'obj must stay 0, got {self.obj!r}: the heads of Ultralytics have no objectness; use cls and box.'
@@ -159,8 +160,6 @@ class DistillOptions:
         for name in ('temperature', 'box_temperature'):
             if getattr(self, name) is not None:
                 build_schedule(getattr(self, name), name, 0.0, strict=True)
-                if isinstance(getattr(self, name), Mapping):
-                    raise DistillError(f'{name} must be a number, got {getattr(self, name)!r}.')
         if isinstance(self.mask_topk, bool) or not isinstance(self.mask_topk, int) or self.mask_topk < 1:
             raise DistillError(f'mask_topk must be a whole number >= 1, got {self.mask_topk!r}.')
         for name in ('foreground', 'trusted'):
@@ -361,7 +360,10 @@ class DistillOptions:
         return found
 
     def _term(self, name: str, option: str, default: str) -> dict[str, Any]:
-        return dict(loss=self.loss(option, default), **self._rest(name, 'head'))
+        temperature = self._temperature(option)
+        # A number is an option of the loss, a schedule one of the term.
+        scheduled = {'temperature': dict(temperature)} if isinstance(temperature, Mapping) else {}
+        return dict(loss=self.loss(option, default), **self._rest(name, 'head'), **scheduled)
 
     def _rest(self, name: str, tap: str) -> dict[str, Any]:
         weight = getattr(self, name)
@@ -414,9 +416,10 @@ class DistillOptions:
         if temperature is not None:
             if 'temperature' not in accepted:
                 raise DistillError(f'{cfg["type"]} has no temperature; remove the option.')
-            cfg['temperature'] = temperature
+            if not isinstance(temperature, Mapping):
+                cfg['temperature'] = temperature
 
-    def _temperature(self, option: str) -> float | None:
+    def _temperature(self, option: str) -> float | Mapping[str, Any] | None:
         return {'cls_loss': self.temperature, 'box_loss': self.box_temperature}.get(option)
 
 

@@ -70,13 +70,18 @@ def test_a_teacher_at_work_moves_no_generator(lab, case):
 
 @kept('start_stop')
 def test_start_and_stop(lab, case):
-    """KD is on from ``start`` to before ``stop``, the run is the plain one before, and the teacher rests outside."""
-    plain, ours = (lab.record(plan, keep=True) for plan in (lab.plain_of(case), lab.distil(case)))
+    """KD is on from ``start`` to before ``stop``, the run is the plain one before, and there is no teacher after."""
+    held = []
+
+    def check(runner):
+        held.append(len(lab.session(runner).teachers))
+
+    plain, ours = lab.record(lab.plain_of(case), keep=True), lab.record(lab.distil(case), keep=True, check=check)
     assert [is_on(step) for step in ours.steps] == [False, False, True, True, False, False]
     for step in (0, 1):
         assert difference(plain.states[step], ours.states[step]) == {}, step
     assert difference(plain.states[2], ours.states[2]), 'distillation never started'
-    assert ours.runs == [0, 0, 1, 2, 2, 2] and ours.ran == {2, 3}
+    assert ours.runs == [0, 0, 1, 2, 2, 2] and ours.ran == {2, 3} and held == [1, 1, 1, 1, 0, 0]
 
 
 @kept('ramp')

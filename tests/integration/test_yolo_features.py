@@ -144,7 +144,7 @@ def test_the_students_file_knows_nothing_of_the_adapters(cfg, teacher, data, tmp
 
 
 def test_killed_and_resumed_goes_on_with_the_adapters(cfg, teacher, data, tmp_path):
-    """Bit by bit as they were at the end of the epoch in last.pt, with momentum."""
+    """Bit by bit as they were at the end of the epoch in last.pt, with momentum; and with the weight that was found."""
     code = f"""
         import os, signal, sys, torch
         from tests.integration.yolo_lab import new_model, train
@@ -152,7 +152,7 @@ def test_killed_and_resumed_goes_on_with_the_adapters(cfg, teacher, data, tmp_pa
         from ultralytics import YOLO
         folder, name = {str(tmp_path)!r}, sys.argv[1]
         model = YOLO(folder + '/killed/weights/last.pt') if name == 'resume' else new_model({cfg('small')!r})
-        callback = DistillCallback({teacher('wide')!r}, feature=1.0, feature_loss='mgd').register(model)
+        callback = DistillCallback({teacher('wide')!r}, feature='auto:0.5', feature_loss='mgd').register(model)
         if name == 'resume':
             model.add_callback('on_train_start', lambda t: torch.save(callback.session.state(), folder + '/start.pt'))
             model.train(resume=True)
@@ -174,6 +174,9 @@ def test_killed_and_resumed_goes_on_with_the_adapters(cfg, teacher, data, tmp_pa
     whole, killed = (torch.load(file, weights_only=True)['epochs'] for file in files)
     start = torch.load(tmp_path / 'start.pt', weights_only=True)
     assert start['steps'] == whole[1]['steps'] == 4 and killed[2]['steps'] == whole[2]['steps'] == 6
+    (weight,) = start['weights'].values()
+    (expected,) = whole[1]['weights'].values()
+    assert weight['asked'] == expected['asked'] == 4 and torch.equal(weight['sums'], expected['sums'])
     changed = []
     for key, value in whole[1]['adapters'].items():
         assert torch.equal(start['adapters'][key], value)

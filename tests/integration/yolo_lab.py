@@ -6,7 +6,7 @@ import random
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,7 @@ for file in files:
         self.data = write_data(self.root / 'data', empty=2)
         self._runs = 0
         self._records: dict[str, Record] = {}
+        self._callback: Any = None
 
     # ------------------------------------------------------------------ runs
     def plain(self, family: str = 'yolo11n.yaml', **options: Any) -> Plan:
@@ -290,13 +291,18 @@ for file in files:
         given = dict(teacher=self.teacher(**case.teacher), **short, **case.distill)
         return Plan(case.family, dict(case.options), {**given, **(dict(terms=full) if full else {})})
 
-    def record(self, plan: Plan, *, keep: bool = False) -> Record:
+    def session(self, trainer: Any) -> Any:
+        """See `Lab.session`; of the run that is recorded."""
+        return self._callback.session
+
+    def record(self, plan: Plan, *, keep: bool = False, check: Callable[[Any], None] | None = None) -> Record:
         """Train in this process and note what happens, see `Lab.record`."""
         from kd_plugins.yolo import DistillCallback
 
         record = Record()
         model = new_model(plan.cfg)
         callback = None if plan.distill is None else DistillCallback(**plan.distill).register(model)
+        self._callback = callback
         image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
         def start(trainer: Any) -> None:
@@ -322,6 +328,8 @@ for file in files:
             record.step(trainer.model, step, image, lambda teacher: (teacher.head,))
             if keep:
                 record.states.append(_weights(trainer))
+            if check is not None:
+                check(trainer)
 
         def val_batch(validator: Any) -> None:
             models = record.run.model, record.run.ema.ema

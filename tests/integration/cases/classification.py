@@ -29,7 +29,7 @@ CASES = {
 }
 _WINDOW = dict(options=dict(SHORT, train_cfg__max_epochs=3, extra=AUGMENTED), distill=dict(start=1, stop=2))
 _EXACT = dict(SHORT, extra=DETERMINISTIC, train_cfg__max_epochs=4, default_hooks__checkpoint__interval=1)
-_RAMP = dict(type='linear', start=0.5, end=2.0)
+_RAMP = dict(type='auto', target=0.5, batches=5, schedule=dict(type='linear', start=0.5, end=2.0))
 # An alpha has nothing to balance where the terms have no weight.
 _HALF = dict(distill=dict(alpha=0.5))
 _CONVNEXT = HOOK.but(family='convnext', options=dict(extra=AUGMENTED), noise=('DropPath',))

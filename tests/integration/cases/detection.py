@@ -18,7 +18,7 @@ CASES = {
     'hook, dropout': _HOOK.but(**_DROPOUT_TEACHER),
     'hook, adapters, dropout': _TRAINED.but(**_DROPOUT_TEACHER, terms=dict(features=EARLY), normed=0),
 }
-_RAMP = dict(type='linear', start=0.5, end=2.0)
+_RAMP = dict(type='auto', target=0.5, batches=5, schedule=dict(type='linear', start=0.5, end=2.0))
 _KILLED = _TRAINED.but(
     terms=weighted(dict(features=NORMED, logits=LOGITS), _RAMP),
     options=dict(_SHORT, train_cfg__max_epochs=4, extra=DETERMINISTIC, default_hooks__checkpoint__interval=1),

@@ -8,7 +8,7 @@ _MODEL = Case('fcn', dict(features=NORMED), 'model_form', trained=('features',),
 _VALIDATED = dict(val=True, train_cfg__val_interval=2)
 CASES = {'hook': _HOOK.but(options=_VALIDATED), 'model': _MODEL.but(options=_VALIDATED)}
 _WINDOW = dict(options=dict(steps=6), distill=dict(start=2, stop=4))
-_RAMP = dict(type='linear', start=0.5, end=2.0)
+_RAMP = dict(type='auto', target=0.5, batches=5, schedule=dict(type='linear', start=0.5, end=2.0))
 _RESUMED = dict(steps=6, extra=DETERMINISTIC, default_hooks__checkpoint__interval=2)
 _STRANGERS = dict(classes=5, names=('sky', 'bar', 'tree', 'ground', 'circle'))
 # At the recomputed module itself, and in one.

@@ -59,7 +59,7 @@ BAD = [
     (dict(cls=dict(type='linera', start=0, end=1)), "did you mean 'linear'"),
     (dict(obj=1.0), 'obj must stay 0, got 1.0: the heads of Ultralytics have no objectness'),
     (dict(temperature=0), 'temperature must be a finite number > 0'),
-    (dict(temperature=dict(type='linear', start=1, end=2)), 'temperature must be a number'),
+    (dict(temperature=dict(type='linear', start=1, end=0)), r'temperature\.end must be a finite number > 0'),
     (dict(box_temperature=-2), 'box_temperature must be'),
     (dict(foreground='yes'), "foreground must be True or False, got 'yes'"),
     (dict(trusted=1), 'trusted must be True or False'),
@@ -99,6 +99,9 @@ def test_unknown_and_missing_keys():
 FACTS = dict(classifier=False, end_to_end=False, masks=False)
 
 
+RAMP = dict(type='linear', start=4.0, end=1.0)
+
+
 def terms(facts=FACTS, **given):
     """The terms that options stand for, built."""
     run = DistillOptions('a.pt', **given).expand(**{**FACTS, **facts})
@@ -116,6 +119,14 @@ def test_losses():
     assert isinstance(loss, YOLOLogitLoss) and (loss.obj_weight, loss.box_weight, loss.cls_weight) == (0, 0, 1)
     loss = terms(cls_loss=dict(type='DKDLoss', beta=2.0))['cls'].loss
     assert isinstance(loss, DKDLoss) and loss.beta == 2.0
+
+
+def test_schedules_and_weights_that_are_found():
+    found = terms(cls='auto:0.5', box=dict(type='step', start=1, gamma=0.1, milestones=[0.5]), temperature=RAMP)
+    assert found['cls'].ratio.target == 0.5 and str(found['box'].weight) == '1, times 0.1 at 0.5 of the run'
+    assert str(found['cls'].temperature) == '4 -> 1 (linear, 0 to 1 of the run)' and found['box'].temperature is None
+    with pytest.raises(DistillError, match="must say at what share of the student's own loss"):
+        DistillOptions('a.pt', cls='auto')
 
 
 def test_losses_that_cannot_be_built():
