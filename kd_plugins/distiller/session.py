@@ -483,7 +483,7 @@ class Session(Apart):
             raise DistillError(f'{where}: {type(term.loss).__name__} must return a scalar, got {tuple(value.shape)}.')
         return Row(
             name=term.name,
-            loss=type(term.loss).__name__,
+            loss=type(term.loss).__name__ + ('' if term.temperature is None else f', temperature {term.temperature}'),
             student=str(term.student),
             student_shape=found[0],
             teacher=str(term.teacher),

@@ -82,7 +82,8 @@ class DistillHook(Hook):
         teachers: Several of them by name, ``dict(big=dict(...), small=dict(...))``; terms say ``teacher='big:head'``.
         terms: Mapping of name to ``dict(loss=dict(type=...), student='tap', teacher='tap', adapter='auto', weight=1.0,
             temperature=None, start=0, stop=None, teacher_adapter=None, samples=None)``. ``weight`` and ``temperature``
-            may be schedules.
+            may be schedules, see `kd_plugins.distiller.schedules.build_schedule`, and a weight ``'auto:0.5'``, see
+            `kd_plugins.distiller.ratio.build_weight`.
         recipe: Name (or file) of a recipe whose terms are taken, or a list of several; ``terms`` changes or completes
             them.
         options: Changes that are applied last, see `kd_plugins.recipes.options`: ``dict(weight=3.0)`` is the weight of

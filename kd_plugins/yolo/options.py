@@ -78,7 +78,7 @@ class DistillOptions:
         imports: Modules of your own losses, forms, schedules and the like, ``[my_package.losses]``.
         alpha: Balance in [0, 1]: alpha x the KD losses + (1 - alpha) x the task loss while KD is on. None: both as
             they are.
-        cls: Weight of the class term. Default None: 1.
+        cls: Weight of the class term: a number, a schedule, ``'auto:0.5'``, as of every term. Default None: 1.
         box: Weight of the box term. Default None: 1 (0 for classify, which has no boxes).
         mask: Weight of the term on assembled masks. Default None: 1 when student and teacher are segment models
             (nothing else would teach their masks), else off.
@@ -91,7 +91,8 @@ class DistillOptions:
         box_loss: ``'auto'`` (``'ld'`` when both heads have the same bins, else ``'iou'``, or ``'l1'`` for rotated
             boxes), ``'ld'``, ``'iou'``, ``'l1'``, ``'l2'``, or ``dict(type=...)``.
         feature_loss: ``'mse'``, ``'cwd'``, ``'pkd'``, ``'mgd'``, ``'cosine'`` or ``dict(type=...)``.
-        temperature: Of the class term, beside a recipe of every term that has one; None: the loss's own default.
+        temperature: Of the class term, beside a recipe of every term that has one, a number or a schedule; None: the
+            loss's own default.
         box_temperature: Of localization distillation; None: its default (10).
         foreground: Weight positions by the teacher's confidence. False: all positions alike; beside a recipe, in every
             term that has it.
@@ -129,8 +130,8 @@ class DistillOptions:
     cls_loss: Any = 'auto'
     box_loss: Any = 'auto'
     feature_loss: Any = 'mse'
-    temperature: float | None = None
-    box_temperature: float | None = None
+    temperature: Any = None
+    box_temperature: Any = None
     foreground: bool = True
     branch: str = 'one2many'
     classes: Sequence[str] | None = None
@@ -419,7 +420,7 @@ class DistillOptions:
             if not isinstance(temperature, Mapping):
                 cfg['temperature'] = temperature
 
-    def _temperature(self, option: str) -> float | Mapping[str, Any] | None:
+    def _temperature(self, option: str) -> Any:
         return {'cls_loss': self.temperature, 'box_loss': self.box_temperature}.get(option)
 
 

@@ -29,6 +29,7 @@ INSTEAD = {
     'kd_stop=280': 'kd_stop=1',
     'iterations=30 epochs=10': 'iterations=1 epochs=1',
     'weight=1,3,10': 'weight=1,3',
+    'weight=3,auto:0.5': 'weight=auto:0.5',
     'epoch_300.pth': 'epoch_1.pth',
     '--out big.py': '--epochs 1 -b 2 -j 0 --out big.py',
     '--out small.py \\\n    --student': '--epochs 1 -b 2 -j 0 --out small.py --student',
@@ -159,6 +160,7 @@ FILES = {
     'docs/start/ultralytics.md': [ultralytics],
     'docs/incremental.md': [more_classes],
     'docs/recipes.md': [lambda labs: segmentors(labs, 'my_config.py', 'big.py'), ultralytics],
+    'docs/policy.md': [lambda labs: segmentors(labs, 'my_config.py', 'big.py'), ultralytics],
     'docs/measuring.md': [detectors, ultralytics, yolo_maps],
 }
 
