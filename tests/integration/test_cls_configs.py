@@ -150,6 +150,7 @@ def test_recipes_are_those_of_the_papers():
 
 
 # ---------------------------------------------------------------------- that they train
+@pytest.mark.long
 @pytest.mark.parametrize('path', [p for p in RECIPES if '_stage' not in p.stem], ids=lambda p: p.stem)
 def test_recipe_trains_one_step(path, run_folder, weights):
     student_size, teacher_size, form = PAIRS[path.stem]

@@ -82,6 +82,7 @@ def test_recipe_is_short_and_names_official_files(path):
     assert stored.split('/mmdetection/')[1] == f'{address.split("/mmdetection/")[1].removesuffix("<file")}{name}'
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('path', RECIPES, ids=lambda p: p.stem)
 def test_recipe_trains_one_step(path, coco, checkpoints, tmp_path):
     architecture, student_size, teacher_size, form = PAIRS[path.stem.removesuffix('_coco')]

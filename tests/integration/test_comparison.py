@@ -58,7 +58,7 @@ CASES = {
         teacher='cls/digits_resnet_teacher',
         student='cls/digits_deit_student',
         term="dict(loss=dict(type='HardLabelLoss'), student='dist_logits', teacher='logits')",
-        short=('train_cfg.max_epochs=2', 'train_dataloader.batch_size=16'),
+        short=('train_cfg.max_epochs=2', 'train_dataloader.batch_size=256'),
         columns=('top-1',),
         keys={'top1'},
         picture='classifications.png',
@@ -73,9 +73,7 @@ def data(tmp_path_factory):
     return prepare_digits(tmp_path_factory.mktemp('data') / 'digits', train=24, val=8, size=96, progress=False)
 
 
-@pytest.fixture(
-    scope='module', params=[c if c == 'classification' else pytest.param(c, marks=pytest.mark.long) for c in CASES]
-)
+@pytest.fixture(scope='module', params=CASES)
 def case(request):
     return CASES[request.param]
 
@@ -99,6 +97,7 @@ def call(command, data, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_from_data_to_report(case, command, data, monkeypatch):
     runs, command = command
     done = call(command, data, monkeypatch)
@@ -141,6 +140,7 @@ def test_from_data_to_report(case, command, data, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_second_call_trains_nothing(command, data, monkeypatch):
     runs, command = command
     before = {p: p.stat().st_mtime_ns for p in runs.rglob('*.pth')}

@@ -107,6 +107,7 @@ def test_recipe_is_short_and_names_official_files(path):
     assert stored.split('/mmsegmentation/')[1] == address.split('/mmsegmentation/')[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('path', RECIPES, ids=lambda p: p.stem)
 def test_recipe_trains_one_step(path, pictures, checkpoints, tmp_path):
     dataset, student_size, teacher_size = PAIRS[path.stem]
