@@ -623,7 +623,8 @@ class Session(Apart):
         with torch.autocast(student.source.device.type, enabled=False):
             if term.samples is None:
                 return type(student).compare(term.loss, term.declared, student, teacher, batch.target, classes)
-            weights = term.samples(student, teacher, batch.target)
+            labels, known = type(student).compared_labels(batch.target, classes)
+            weights = term.samples(student, teacher, labels)
             if tuple(weights.shape) != (len(student.source),):
                 raise DistillError(
                     f'{type(term.samples).__name__} must return one weight per image, ({len(student.source)},), got '
@@ -640,7 +641,9 @@ class Session(Apart):
                 )
                 for i in range(len(weights))
             ]
-            return (weights.detach() * torch.stack(values)).mean()
+            weighted = weights.detach() * torch.stack(values)
+            # Images that do not count are 0 each, and no part of the mean either.
+            return weighted.mean() if known is None else weighted.sum() / known.sum().clamp(min=1)
 
     def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
         classes = self.matching.classes_of(term)

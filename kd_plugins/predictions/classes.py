@@ -72,6 +72,10 @@ class ClassPredictions(Form):
         return classes is not None
 
     @classmethod
+    def compared_labels(cls, target: Tensor | None, classes: Classes) -> tuple[Tensor | None, Tensor | None]:
+        return (target, None) if target is None or classes is None else map_class_labels(target, classes[0])
+
+    @classmethod
     def compare(
         cls,
         loss: nn.Module,

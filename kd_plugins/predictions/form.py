@@ -103,6 +103,19 @@ class Form:
         """Whether losses without a target need the labels too, e.g. to leave out images of unknown classes."""
         return False
 
+    @classmethod
+    def compared_labels(cls, target: Tensor | None, classes: Classes) -> tuple[Tensor | None, Tensor | None]:
+        """Labels of whole images in terms of the classes that are compared.
+
+        Args:
+            target: Labels of the batch in the student's classes, or None.
+            classes: The classes that were aligned.
+
+        Returns:
+            The labels, and a ``(B,)`` bool mask of the images that count; None: all.
+        """
+        return target, None
+
     @property
     def source(self) -> Tensor:
         """The tensor that carries the student's gradient if any does."""
