@@ -17,8 +17,8 @@ class History:
     Attributes:
         rows: Plain dicts for ``pandas.DataFrame(rows)``: ``epoch`` (or ``iteration``) counted from 1; of every term its
             mean value ``loss_kd_<term>`` as it was logged, and its ``weight_<term>`` in the end, both 0 while it is
-            off; ``kd_ratio``, all of KD over the task loss, None where there was none; and ``metric``, the compared
-            one's value where there was a validation, else None.
+            off, and its ``temperature_<term>``, where that has a schedule; ``kd_ratio``, all of KD over the task loss,
+            None where there was none; and ``metric``, the compared one's value where there was a validation, else None.
         metric: Name of what was compared; None: there was no validation.
     """
 
@@ -40,13 +40,16 @@ class History:
         self._sum = values if self._sum is None else self._sum + values
         self._count += 1
 
-    def close(self, unit: str, at: int, weights: Mapping[str, float]) -> None:
+    def close(
+        self, unit: str, at: int, weights: Mapping[str, float], temperatures: Mapping[str, float] | None = None
+    ) -> None:
         """An epoch (an interval) is over; one that was done again takes the place of the first try.
 
         Args:
             unit: What ``at`` counts: ``'epoch'`` or ``'iteration'``.
             at: Which one, counted from 1.
             weights: Of every term in the order of its losses, 0 while it is off.
+            temperatures: Of the terms that have a schedule of it.
         """
         total, count = self._sum, max(self._count, 1)
         self._sum, self._count = None, 0
@@ -54,6 +57,7 @@ class History:
         row: dict[str, Any] = {unit: at}
         row.update({f'loss_kd_{name}': value for name, value in zip(weights, means, strict=True)})
         row.update({f'weight_{name}': value for name, value in weights.items()})
+        row.update({f'temperature_{name}': value for name, value in (temperatures or {}).items()})
         row.update(kd_ratio=kd / task if task else None if total is not None else 0.0, metric=None)
         self.rows[:] = [r for r in self.rows if r[unit] < at] + [row]
 

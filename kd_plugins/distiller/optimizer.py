@@ -25,6 +25,9 @@ SCHEDULED = ('lr', 'momentum', 'betas', 'weight_decay')
 #: rate would mean nothing to AdamW. It is torch's default.
 FALLBACK_LR = 1e-3
 
+#: An attribute of parameters for which weight decay is not meant.
+NO_DECAY = 'no_weight_decay'
+
 Clip = Callable[[list[nn.Parameter]], Any]
 
 
@@ -85,6 +88,7 @@ class AdapterOptimizer(Apart):
         if _world_size() > 1:
             self._start_equal()
         self.own, self._followed, self._kind = _build(student, self._leader, list(self._parameters.values()))
+        _part(self.own)
         self._base = _initial_lr(student.param_groups[self._leader])
         if not getattr(type(student).step, 'hooked', False):
             # Optimizers around another one (Lookahead) may skip torch's constructor; until the first `zero_grad` makes
@@ -139,7 +143,8 @@ class AdapterOptimizer(Apart):
             )
         self.bank.import_state(state['adapters'], source)
         # By name: a config that lists its terms in another order numbers the parameters differently.
-        numbers = {name: number for number, name in enumerate(self._parameters)}
+        order = [id(p) for group in self.own.param_groups for p in group['params']]
+        numbers = {name: order.index(id(p)) for name, p in self._parameters.items()}
         self.own.load_state_dict(
             {
                 'state': {numbers[name]: _on_cpu(value) for name, value in state['optimizer'].items()},
@@ -184,10 +189,13 @@ class AdapterOptimizer(Apart):
         scaler.step(self.own)
 
     def _follow(self) -> None:
-        leader, own = self.student.param_groups[self._leader], self.own.param_groups[0]
-        own.update({key: leader[key] for key in self._followed if key in leader})
-        if 'lr' not in self._followed:
-            own['lr'] = FALLBACK_LR * _factor(leader, self._base)
+        leader = self.student.param_groups[self._leader]
+        for own in self.own.param_groups:
+            own.update({key: leader[key] for key in self._followed if key in leader})
+            if 'lr' not in self._followed:
+                own['lr'] = FALLBACK_LR * _factor(leader, self._base)
+            if 'weight_decay' in own and not _decays(own['params'][0]):
+                own['weight_decay'] = 0.0
 
     def _wrap_zero_grad(self) -> None:
         # Optimizers have no hook for it. On the instance, where neither copies nor pickles of an optimizer look.
@@ -288,6 +296,19 @@ def _build(student: Optimizer, leader: int, parameters: list[nn.Parameter]) -> t
     options = {k: group[k] for k in ('weight_decay', 'fused') if group.get(k)}
     words = f"schedule of the student's {kind.__name__}, which cannot train them"
     return AdamW(parameters, lr=FALLBACK_LR, **options), ['weight_decay'], words
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, NO_DECAY, False)
+
+
+def _part(own: Optimizer) -> None:
+    """Move what must not decay into a group of its own."""
+    (group,) = own.param_groups
+    kept, spared = ([p for p in group['params'] if _decays(p) == decays] for decays in (True, False))
+    if kept and spared:
+        group['params'] = kept
+        own.add_param_group({**{k: v for k, v in group.items() if k != 'params'}, 'params': spared})
 
 
 def _try(kind: type[Optimizer], parameters: Iterable[nn.Parameter], options: Mapping[str, Any]) -> None:

@@ -88,6 +88,8 @@ class Parts:
     ) -> None:
         """Keep what a term is made of; without adapters where it compares what it is given."""
         parts = nn.ModuleDict({'adapters': nn.ModuleList() if adapters is None else adapters})
+        if isinstance(term.temperature, nn.Module):
+            parts['temperature'] = term.temperature
         if losses is not None:
             parts['losses'] = losses
         elif trainable(term.loss):

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from kd_plugins.distiller.schedules import Constant, Schedule, build_schedule, check_number
+from kd_plugins.distiller.temperature import Observing
 from kd_plugins.errors import DistillError, check_keys
 
 AUTO = 'auto'
@@ -106,7 +107,10 @@ def build_weight(value: Any, where: str) -> tuple[Schedule, Ratio | None]:
                 f"{where} must say at what share of the student's own loss the term is held, 'auto:0.5', got {value!r}."
             ) from None
     if not isinstance(value, Mapping) or value.get('type') != AUTO:
-        return build_schedule(value, where), None
+        found = build_schedule(value, where)
+        if isinstance(found, (Observing, nn.Module)):
+            raise DistillError(f"{where}: type={value['type']!r} is for temperatures; write a number or 'auto:0.5'.")
+        return found, None
     check_keys(value, KEYS, f'{where} (auto)')
     if 'target' not in value:
         raise DistillError(f"{where} (auto) needs 'target', the share of the student's own loss, e.g. 0.5.")

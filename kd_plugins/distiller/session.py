@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -25,6 +25,7 @@ from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Constant, Position, Window, ended
 from kd_plugins.distiller.summary import Row
 from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
+from kd_plugins.distiller.temperature import LearnedTemperature, Observing
 from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
 from kd_plugins.losses._common import as_full
@@ -196,6 +197,25 @@ class Session(Apart):
         on = {t.name for t in self.live}
         return {name: self._found_weight(t) if name in on else 0.0 for name, t in self.terms.items()}
 
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """The temperature at the current position, of the terms that have a schedule of it."""
+        scheduled = {name: t.temperature for name, t in self.terms.items() if t.temperature is not None}
+        return {name: float(schedule(self.position)) for name, schedule in scheduled.items()}
+
+    @property
+    def _observing(self) -> dict[str, Observing]:
+        found: dict[str, Observing] = {}
+        for name, term in self.terms.items():
+            temperature: Any = term.temperature
+            if isinstance(temperature, Observing):
+                found[name] = temperature
+        return found
+
+    def close_row(self, unit: str, at: int) -> None:
+        """An epoch (an interval of the log) is over, see `History.close`."""
+        self.history.close(unit, at, self.weights, self.temperatures)
+
     def begin_run(self, position: Position, total: int | None = None) -> None:
         """The run begins at a position, or goes on there.
 
@@ -267,6 +287,8 @@ class Session(Apart):
             )
         # One that is done again, with less memory, has not been missed.
         self._missed = 0 if position.iteration <= self.position.iteration else self._missed
+        for temperature in self._observing.values():
+            temperature.begin(position)
         begins = position.unit != self.position.unit or not self._began
         self.position, self._began = position, True
         self._missed += self.active
@@ -441,6 +463,11 @@ class Session(Apart):
         taught, device = batch.teachers[term.teacher.owner], next(self.student.parameters()).device
         try:
             whole = self.matching.reads(term)
+            if isinstance(term.temperature, Observing) and not (whole or term.projects):
+                raise DistillError(
+                    'its temperature depends on what is predicted, and the term compares tensors; write a number or a '
+                    'schedule, or tap whole heads.'
+                )
             if term.samples is not None and not (whole or term.projects):
                 raise DistillError(
                     f'samples weighs images by what is predicted for them, and {type(term.loss).__name__} compares '
@@ -456,7 +483,11 @@ class Session(Apart):
                 if term.declared.stands_for_another:
                     term.loss = cast(Extras, term.loss).for_predictions(*pair)
                     term.declared = declaration_of(term.loss)
+                if isinstance(term.temperature, Observing):
+                    term.temperature.check(pair[0])
                 value = self._compare(term, *pair, batch)
+                if isinstance(term.temperature, LearnedTemperature):
+                    _refuse_constant(term, term.temperature, lambda: self._compare(term, *pair, batch))
                 found = pair[0].describe(), pair[1].describe()
                 adapter = 'none'
             else:
@@ -467,6 +498,8 @@ class Session(Apart):
                     self.parts.build(term, pairs, batch, device)
                 with _evaluating(self.parts.of(term)):
                     value = self._tensor_loss(term, pairs, batch)
+                    if isinstance(term.temperature, LearnedTemperature):
+                        _refuse_constant(term, term.temperature, lambda: self._tensor_loss(term, pairs, batch))
                 found = shapes([p[0] for p in pairs]), shapes([p[1] for p in pairs])
                 adapter = self.parts.describe(term, pairs, batch)
         except DistillError as error:
@@ -600,7 +633,8 @@ class Session(Apart):
     def _needs_labels(self, term: Term) -> bool:
         form = ClassPredictions if term.projects else self.matching.form(term)
         partly = form is not None and form.needs_labels(self.matching.classes_of(term))
-        return partly or term.declared.needs_target or getattr(term.samples, 'needs_target', False)
+        labels = isinstance(term.temperature, Observing) or getattr(term.samples, 'needs_target', False)
+        return partly or term.declared.needs_target or labels
 
     def _term_loss(self, term: Term, batch: Batch) -> Tensor:
         if self.matching.reads(term):
@@ -621,9 +655,13 @@ class Session(Apart):
         """The loss of two aligned predictions; with ``samples`` that of every image on its own, weighted."""
         classes = self.matching.classes_of(term)
         with torch.autocast(student.source.device.type, enabled=False):
+            labels = known = None
+            if term.samples is not None or isinstance(term.temperature, Observing):
+                labels, known = type(student).compared_labels(batch.target, classes)
+            if isinstance(term.temperature, Observing) and self._checked:
+                term.temperature.observe(student, teacher, labels, known)
             if term.samples is None:
                 return type(student).compare(term.loss, term.declared, student, teacher, batch.target, classes)
-            labels, known = type(student).compared_labels(batch.target, classes)
             weights = term.samples(student, teacher, labels)
             if tuple(weights.shape) != (len(student.source),):
                 raise DistillError(
@@ -713,6 +751,7 @@ class Session(Apart):
         parts = {
             'teachers': {name: saved for name, t in self.teachers.items() if (saved := dict(t.state()))},
             'weights': {name: t.ratio.state() for name, t in self.terms.items() if t.ratio is not None},
+            'temperatures': {name: found.state() for name, found in self._observing.items()},
         }
         return {**found, **{key: saved for key, saved in parts.items() if saved}}
 
@@ -738,6 +777,9 @@ class Session(Apart):
             ratio = self.terms[name].ratio if name in self.terms else None
             if ratio is not None:
                 ratio.load_state(weight)
+        for name, temperature in self._observing.items():
+            if name in state.get('temperatures', {}):
+                temperature.load_state(state['temperatures'][name])
         saved = state.get('teachers', {})
         for name, teacher in self.teachers.items():
             if teacher.state() and not all(map(self.over, self._of(name))):
@@ -826,6 +868,24 @@ def _refuse_frozen(term: Term, tensors: Sequence[Tensor]) -> None:
             f'the student tap {str(term.student)!r} carries no gradient, so distilling there trains nothing; '
             'it is frozen, or inside an activation-checkpointed module: tap a trainable module, or the '
             'checkpointed module itself.'
+        )
+
+
+def _refuse_constant(term: Term, temperature: LearnedTemperature, value: Callable[[], Tensor]) -> None:
+    """Refuse to learn the temperature of a loss through which no gradient reaches it."""
+    loss: Any = term.loss
+    before = loss.temperature
+    try:
+        with torch.enable_grad():
+            loss.temperature = temperature.value()
+            found = value()
+            known = found.requires_grad and torch.autograd.grad(found, temperature.theta, allow_unused=True)[0]
+    finally:
+        loss.temperature = before
+    if known is None or known is False:
+        raise DistillError(
+            f'{type(term.loss).__name__} takes its temperature as a constant, so it cannot be learned; write a number '
+            "or a schedule, or take loss=dict(type='KLDivLoss')."
         )
 
 

@@ -13,8 +13,11 @@ from kd_plugins.errors import DistillError
 
 
 def check_positive(**values: Any) -> None:
-    """Raise DistillError unless every value is a finite number > 0."""
+    """Raise DistillError unless every value is a finite number > 0, or a scalar tensor."""
     for name, value in values.items():
+        # One that is learned is a tensor, which nobody waits for.
+        if isinstance(value, Tensor) and value.dim() == 0:
+            continue
         if not _is_finite_number(value) or value <= 0:
             raise DistillError(f'{name} must be a finite number > 0, got {value!r}.')
 

@@ -236,14 +236,14 @@ class DistillHook(Hook):
             return
         last = self.is_last_train_iter(runner)
         if last or self.every_n_train_iters(runner, _log_interval(runner)):
-            self.session.history.close('iteration', runner.iter + 1, self.session.weights)
+            self.session.close_row('iteration', runner.iter + 1)
         if last or self.every_n_train_iters(runner, PERIOD):
             self._judge(runner, f'iteration {runner.iter + 1}')
 
     def after_train_epoch(self, runner: Any) -> None:
         """Keep what was logged, and warn when KD was out of proportion for the whole epoch; once per direction."""
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
-            self.session.history.close('epoch', runner.epoch + 1, self.session.weights)
+            self.session.close_row('epoch', runner.epoch + 1)
             self._judge(runner, f'epoch {runner.epoch + 1}')
 
     def _judge(self, runner: Any, when: str) -> None:
@@ -259,7 +259,7 @@ class DistillHook(Hook):
             self._validations.add(metrics, main, at)
             history = self.session.history
             if history.at(unit) < at:
-                history.close(unit, at, self.session.weights)
+                self.session.close_row(unit, at)
             history.measured(main, numbers_of(metrics).get(main, math.nan))
 
     def after_train(self, runner: Any) -> None:

@@ -277,7 +277,7 @@ class DistillCallback:
         if run is None:
             return
         run.end_epoch(trainer, write=is_main())
-        run.session.history.close('epoch', trainer.epoch + 1, run.session.weights)
+        run.session.close_row('epoch', trainer.epoch + 1)
         verdict = run.session.proportion()
         if verdict is not None and is_main():
             logger().warning(f'{verdict} (epoch {trainer.epoch + 1}).')

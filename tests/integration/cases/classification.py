@@ -30,6 +30,8 @@ CASES = {
 _WINDOW = dict(options=dict(SHORT, train_cfg__max_epochs=3, extra=AUGMENTED), distill=dict(start=1, stop=2))
 _EXACT = dict(SHORT, extra=DETERMINISTIC, train_cfg__max_epochs=4, default_hooks__checkpoint__interval=1)
 _RAMP = dict(type='auto', target=0.5, batches=5, schedule=dict(type='linear', start=0.5, end=2.0))
+# Temperatures that are found in the run.
+_FOUND = {kind: dict(LOGITS, temperature=dict(type=kind)) for kind in ('gap', 'learned')}
 # An alpha has nothing to balance where the terms have no weight.
 _HALF = dict(distill=dict(alpha=0.5))
 _CONVNEXT = HOOK.but(family='convnext', options=dict(extra=AUGMENTED), noise=('DropPath',))
@@ -117,7 +119,10 @@ KEEPS = {
     'plain_resume': {'plain': TOKEN_HOOK.but(options=_EXACT)},
     'sigkill': {
         'token, model': TOKEN_MODEL.but(
-            terms=weighted(TOKEN_MODEL.terms, _RAMP), options=_EXACT, distill=dict(start=1, stop=3), on='00111100'
+            terms=weighted(dict(TOKEN_MODEL.terms, **_FOUND), _RAMP),
+            options=_EXACT,
+            distill=dict(start=1, stop=3),
+            on='00111100',
         )
     },
     'silent_resume': {
