@@ -608,6 +608,11 @@ class Session(Apart):
             result[f'loss_kd_{term.name}'] = value * (weight * share)
         return {key: result[key] for key in (f'loss_kd_{name}' for name in self.terms)}
 
+    @property
+    def needs_task(self) -> bool:
+        """Whether :meth:`losses` needs the student's own loss."""
+        return any(t.ratio is not None for t in self.terms.values())
+
     def _find_weight(self, term: Term, value: Tensor, task: Tensor | None) -> Tensor:
         assert term.ratio is not None
         if task is None:

@@ -376,7 +376,7 @@ class DistillHook(Hook):
         if not isinstance(output, dict):
             raise DistillError(f'{type(model).__name__} returned {type(output).__name__} as losses, expected a dict.')
         task = _total(output)
-        kd = self.session.losses(capture, inputs, samples, task.detach())
+        kd = self.session.losses(capture, inputs, samples, task)
         clash = sorted(set(output) & set(kd))
         if clash:
             raise DistillError(f'{type(model).__name__} already logs {clash[0]!r}; rename the term.')

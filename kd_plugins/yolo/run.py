@@ -193,7 +193,9 @@ class Run:
         capture = self.session.capture(known=self.session.student_modules) if capture is None else capture
         capture.put(self._head, preds, training=True, module=self.student.get_submodule(self._head))
         scale = self.host.task.scale(batch['img'])
-        values = self.session.losses(capture, batch['img'], batch, loss.detach().sum() / scale)
+        # Not where nobody asks: each operation is a launch on a GPU.
+        share = loss.detach().sum() / scale if self.session.needs_task else None
+        values = self.session.losses(capture, batch['img'], batch, share)
         kd = torch.stack([v.float() for v in values.values()]).sum() * scale
         logged: dict[str, Tensor] = {}
         for name, column in self.columns.items():
