@@ -51,9 +51,9 @@ test-unit: install
 test-real: install
 	@$(REAL)
 
-# What would not fit into twenty minutes: compiled models, all comparisons, every page of the manual.
+# What would not fit into twenty minutes: compiled models, comparisons, recipes at full size, every page of the manual.
 test-long: install
-	@$(REAL) -m long
+	@$(TEST) -m long tests
 
 lint: install
 	@$(LINT)

@@ -101,6 +101,7 @@ def test_operators_alone(capsys, monkeypatch):
     assert f'{both:>11}' in shown, 'the sum is what a distilled step cannot do without'
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_tool_measures_memory_in_processes_of_its_own(pair):
     command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), *pair, '--kd', 'yolo_logit', *SMALL]
