@@ -338,7 +338,7 @@ CASES = [
     case(
         'schedule in epochs',
         put('terms.logits.weight', dict(type='linear', start=0, end=1, until=100)),
-        says=('fractions of the run', '100'),
+        says=('a fraction of the run', '100'),
     ),
     case('start after the end of the run', put('start', 3), says=('start=3', '1 epochs', 'never run')),
     case('stop before start', lambda run: run.distill.update(start=2, stop=1), says=('stop (1)', 'start (2)')),
