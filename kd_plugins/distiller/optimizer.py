@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.bank import AdapterBank
+from kd_plugins.distiller.ranks import sum_over_ranks, world_size
 from kd_plugins.distiller.rng import untouched_rng
 from kd_plugins.errors import DistillError
 
@@ -85,7 +86,7 @@ class AdapterOptimizer(Apart):
         self._clip = functools.partial(clip_grad_norm_, max_norm=clip) if isinstance(clip, (int, float)) else clip
         self._scaler = scaler
         self._leader = _leader(student)
-        if _world_size() > 1:
+        if world_size() > 1:
             self._start_equal()
         self.own, self._followed, self._kind = _build(student, self._leader, list(self._parameters.values()))
         _part(self.own)
@@ -161,7 +162,7 @@ class AdapterOptimizer(Apart):
         if student is not self.student:
             return
         self.steps += 1
-        if _world_size() > 1:
+        if world_size() > 1:
             self._average()
         trained = [p for p in self._parameters.values() if p.grad is not None]
         # None while the distillation is off, which a GradScaler takes for a mistake.
@@ -233,15 +234,10 @@ class AdapterOptimizer(Apart):
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         # Divided first, as DDP does: scaled gradients may be large.
-        flat = torch.cat([g.reshape(-1) for g in gradients]).div_(_world_size())
-        distributed.all_reduce(flat)
+        flat = torch.cat([g.reshape(-1) for g in gradients]).div_(world_size())
+        sum_over_ranks(flat)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _world_size() -> int:
-    started = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if started else 1
 
 
 def _initial_lr(group: Mapping[str, Any]) -> float:

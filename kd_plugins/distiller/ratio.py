@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor
 
+from kd_plugins.distiller.ranks import sum_over_ranks
 from kd_plugins.distiller.schedules import Constant, Schedule, build_schedule, check_number
-from kd_plugins.distiller.temperature import Observing
+from kd_plugins.distiller.temperature import KINDS
 from kd_plugins.errors import DistillError, check_keys
 
 AUTO = 'auto'
@@ -52,12 +53,11 @@ class Ratio:
             value: The term's loss, in the same scale.
         """
         if self.track or self._asked < self.batches:
-            self._add(torch.stack([task.detach().float(), value.detach().float(), task.new_ones(()).float()]))
+            self._add(torch.stack([task.detach().float(), value.detach().float()]))
         return self._current()
 
     def _add(self, found: Tensor) -> None:
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(found)
+        found = sum_over_ranks(found)
         found = torch.where(torch.isfinite(found).all(), found, torch.zeros_like(found))
         sums = torch.zeros_like(found) if self._sums is None else self._sums.to(found.device)
         # The first ones count alike: an exponential mean would begin with the first batch alone.
@@ -66,7 +66,7 @@ class Ratio:
 
     def _current(self) -> Tensor:
         assert self._sums is not None
-        task, value, _ = self._sums
+        task, value = self._sums
         tiny = torch.finfo(torch.float32).tiny
         return (self.target * task / value.clamp(min=tiny)).clamp(0.0, self.most)
 
@@ -107,10 +107,9 @@ def build_weight(value: Any, where: str) -> tuple[Schedule, Ratio | None]:
                 f"{where} must say at what share of the student's own loss the term is held, 'auto:0.5', got {value!r}."
             ) from None
     if not isinstance(value, Mapping) or value.get('type') != AUTO:
-        found = build_schedule(value, where)
-        if isinstance(found, (Observing, nn.Module)):
+        if isinstance(value, Mapping) and value.get('type') in KINDS:
             raise DistillError(f"{where}: type={value['type']!r} is for temperatures; write a number or 'auto:0.5'.")
-        return found, None
+        return build_schedule(value, where), None
     check_keys(value, KEYS, f'{where} (auto)')
     if 'target' not in value:
         raise DistillError(f"{where} (auto) needs 'target', the share of the student's own loss, e.g. 0.5.")

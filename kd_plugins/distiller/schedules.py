@@ -300,7 +300,9 @@ def check_number(value: Any, where: str, low: float = 0.0, strict: bool = False)
     return float(value)
 
 
-def build_schedule(value: Any, where: str, low: float = 0.0, strict: bool = False) -> Schedule:
+def build_schedule(
+    value: Any, where: str, low: float = 0.0, strict: bool = False, more: Mapping[str, Parser] | None = None
+) -> Schedule:
     """Read a schedule from its spelling in a config.
 
     Args:
@@ -312,6 +314,7 @@ def build_schedule(value: Any, where: str, low: float = 0.0, strict: bool = Fals
         where: What it is, for error messages, e.g. ``"term 'logits': weight"``.
         low: Smallest allowed value.
         strict: Whether ``low`` itself is excluded.
+        more: Types that are known here besides, but not inside another schedule.
 
     Raises:
         DistillError: The spelling is wrong or a value is out of range.
@@ -320,18 +323,18 @@ def build_schedule(value: Any, where: str, low: float = 0.0, strict: bool = Fals
     def number(found: Any, place: str) -> float:
         return check_number(found, place, low, strict)
 
-    return _read(value, where, number)
+    return _read(value, where, number, {**_PARSERS, **(more or {})})
 
 
-def _read(value: Any, where: str, number: Number) -> Schedule:
+def _read(value: Any, where: str, number: Number, parsers: Mapping[str, Parser]) -> Schedule:
     if not isinstance(value, Mapping):
         return Constant(number(value, where))
     options = dict(value)
     kind = options.pop('type', None)
-    if kind not in _PARSERS:
-        raise DistillError(f'{where} has no schedule type {kind!r}: {nearest(kind, _PARSERS)}')
+    if kind not in parsers:
+        raise DistillError(f'{where} has no schedule type {kind!r}: {nearest(kind, parsers)}')
     try:
-        return _PARSERS[kind](options, where, number)
+        return parsers[kind](options, where, number)
     except DistillError:
         raise
     except Exception as error:
@@ -360,10 +363,10 @@ def _take(options: Mapping[str, Any], where: str, needed: Sequence[str], optiona
     check_keys(options, (*needed, *optional, 'by'), where)
     missing = [key for key in needed if key not in options]
     if missing:
-        raise DistillError(f'{where} needs {in_list(needed)}; {missing[0]!r} is missing.')
+        raise DistillError(f'{where} needs {_in_list(needed)}; {missing[0]!r} is missing.')
 
 
-def in_list(names: Sequence[str]) -> str:
+def _in_list(names: Sequence[str]) -> str:
     """``'a', 'b' and 'c'``."""
     *first, last = map(repr, names)
     return f'{", ".join(first)} and {last}' if first else last
@@ -447,7 +450,7 @@ def _warmup(options: dict[str, Any], where: str, number: Number) -> Schedule:
     if until <= 0:
         raise DistillError(f'{where}.until must be above 0, got {until:g}.')
     number(0.0, f'{where} begins at 0 and')
-    return WarmUp(_read(options['value'], f'{where}.value', number), until, by)
+    return WarmUp(_read(options['value'], f'{where}.value', number, _PARSERS), until, by)
 
 
 def is_zero(schedule: Schedule) -> bool:
@@ -456,7 +459,7 @@ def is_zero(schedule: Schedule) -> bool:
 
 
 def ended(schedule: Schedule, position: Position) -> bool:
-    """Whether a value is 0 from a position to the end of the run; one that does not tell (`Schedule` says how) is not.
+    """Whether a value is 0 from a position to the end of the run; one that does not tell is not.
 
     Args:
         schedule: May have a method ``ended(position) -> bool``.

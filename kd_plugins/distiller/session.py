@@ -239,7 +239,8 @@ class Session(Apart):
         for term in self.terms.values():
             try:
                 self.weight(term)
-                _ = term.temperature and term.temperature(position)
+                if term.temperature is not None:
+                    term.temperature(position)
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
             if term.ratio is not None and self.alpha == 1:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kd_plugins.distiller.optimizer import NO_DECAY
+from kd_plugins.distiller.ranks import sum_over_ranks
 from kd_plugins.distiller.schedules import (
     Number,
+    Parser,
     Position,
     Ramp,
     Schedule,
     build_schedule,
     check_number,
-    register_schedule,
 )
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.predictions import Form
@@ -27,17 +28,20 @@ from kd_plugins.predictions import Form
 EVERY = 100
 
 
-@runtime_checkable
-class Observing(Protocol):
+class Observing:
     """A temperature that depends on what happens in the run."""
+
+    def __call__(self, position: Position) -> float:
+        """The value in the iteration at this position."""
+        raise NotImplementedError
 
     def begin(self, position: Position) -> None:
         """An iteration begins."""
-        ...
+        raise NotImplementedError
 
     def check(self, student: Form) -> None:
         """Before the run: refuse predictions of which nothing can be said."""
-        ...
+        raise NotImplementedError
 
     def observe(self, student: Form, teacher: Form, target: Tensor | None, known: Tensor | None) -> None:
         """What was predicted in this iteration, aligned.
@@ -48,18 +52,18 @@ class Observing(Protocol):
             target: Labels in the classes that are compared.
             known: ``(B,)`` bool mask of the images that count; None: all.
         """
-        ...
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        ...
+        raise NotImplementedError
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        ...
+        raise NotImplementedError
 
 
-class GapTemperature:
+class GapTemperature(Observing):
     r"""Rises while the teacher is clearly better than the student, falls where the student has caught up.
 
     After every epoch (every `EVERY` iterations in a run without epochs) the gap
@@ -92,10 +96,7 @@ class GapTemperature:
         """See `Observing`; where an epoch has ended, the one moment in which the host waits."""
         unit = int(position.iteration // EVERY) if position.epoch is None else math.floor(position.epoch)
         if self._unit is not None and unit != self._unit and self._sums is not None:
-            sums, self._sums = self._sums, None
-            if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-                distributed.all_reduce(sums)
-            gap, images = sums.tolist()
+            (gap, images), self._sums = self._sums.tolist(), None
             gap = gap / images if images else 0.0
             change = self.step if gap > self.tolerance else -self.step if gap < -self.tolerance else 0.0
             # Tenths add up to tenths.
@@ -117,8 +118,9 @@ class GapTemperature:
             raise DistillError("temperature type='gap' compares losses on labels, and this batch has none.")
         ours, theirs = (cross_entropy(p.source.float(), target, reduction='none') for p in (student, teacher))
         counts = torch.ones_like(ours) if known is None else known.to(ours.dtype)
-        found = torch.stack([((ours - theirs) * counts).sum(), counts.sum()])
-        self._sums = found if self._sums is None else self._sums + found
+        # In every iteration, so that what is saved is the same on all ranks.
+        found = sum_over_ranks(torch.stack([((ours - theirs) * counts).sum(), counts.sum()]))
+        self._sums = found if self._sums is None else self._sums.to(found.device) + found
 
     def state(self) -> dict[str, Any]:
         """See `Observing`."""
@@ -165,7 +167,6 @@ class LearnedTemperature(nn.Module):
         return value.detach() - (value - value.detach()) * self.strength(position)
 
 
-@register_schedule('gap')
 def _gap(options: dict[str, Any], where: str, number: Number) -> Schedule:
     check_keys(options, ('start', 'low', 'high', 'step', 'tolerance'), f'{where} (gap)')
     limited = [key for key in ('start', 'low', 'high') if key in options]
@@ -179,7 +180,6 @@ def _gap(options: dict[str, Any], where: str, number: Number) -> Schedule:
     return made
 
 
-@register_schedule('learned')
 def _learned(options: dict[str, Any], where: str, number: Number) -> Schedule:
     check_keys(options, ('low', 'span', 'theta', 'strength'), f'{where} (learned)')
     limited = [key for key in ('low', 'span') if key in options]
@@ -192,3 +192,20 @@ def _learned(options: dict[str, Any], where: str, number: Number) -> Schedule:
     if given is not None:
         strength = build_schedule(given, f'{where}.strength')
     return LearnedTemperature(strength, **found)
+
+
+#: What only temperatures can be, by ``type``: nothing that is multiplied or nested is asked or trained.
+KINDS: dict[str, Parser] = {'gap': _gap, 'learned': _learned}
+
+
+def build_temperature(value: Any, where: str) -> Schedule:
+    """Read a term's ``temperature``: a number or a schedule of values above 0, ``gap`` or ``learned``.
+
+    Args:
+        value: See `kd_plugins.distiller.schedules.build_schedule`, `GapTemperature` and `LearnedTemperature`.
+        where: What it is, for error messages.
+
+    Raises:
+        DistillError: It is misspelt or out of range.
+    """
+    return build_schedule(value, where, 0.0, strict=True, more=KINDS)

@@ -13,8 +13,9 @@ from torch import nn
 
 import kd_plugins.losses as losses
 from kd_plugins.distiller.ratio import Ratio, build_weight
-from kd_plugins.distiller.schedules import Constant, Schedule, Window, build_schedule, build_window, is_zero
+from kd_plugins.distiller.schedules import Constant, Schedule, Window, build_window, is_zero
 from kd_plugins.distiller.taps import Tap
+from kd_plugins.distiller.temperature import build_temperature
 from kd_plugins.distiller.weighting import Weighting, build_weighting
 from kd_plugins.errors import DistillError, check_keys, in_words, nearest
 from kd_plugins.losses.base import CONSUMES, Declaration, declaration_of
@@ -307,7 +308,7 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     if cfg.get('temperature') is not None:
         if not hasattr(loss, 'temperature'):
             raise DistillError(f'{where}: {type(loss).__name__} has no temperature; remove the option.')
-        temperature = build_schedule(cfg['temperature'], f'{where}: temperature', 0.0, strict=True)
+        temperature = build_temperature(cfg['temperature'], f'{where}: temperature')
     adapter = cfg.get('adapter', 'auto')
     _check_adapter(adapter, where)
     if _is_projector(adapter) and consumes != 'logits':

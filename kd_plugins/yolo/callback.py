@@ -216,11 +216,10 @@ class DistillCallback:
         names = class_names(trainer.data.get('names'))
         taught = host.task.trained(trainer.args.classes)
         classes = match_teachers(session, names, options, class_count(student), taught)
-        # With a limit of time the number of epochs is found out on the way.
         batches = max(len(trainer.train_loader), 1)
-        session.begin_run(
-            position_of(trainer, trainer.start_epoch, batches), None if trainer.args.time else trainer.epochs
-        )
+        # With a limit of time the number of epochs is found out on the way.
+        total = None if trainer.args.time else trainer.epochs
+        session.begin_run(position_of(trainer, trainer.start_epoch, batches), total)
         with untouched_rng():
             images, batch = example_batch(trainer, channels, images_of(session.terms.values()))
             rows = session.check(images, batch)

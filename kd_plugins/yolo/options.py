@@ -10,8 +10,8 @@ from typing import Any
 
 from kd_plugins.distiller import resolver_of
 from kd_plugins.distiller.ratio import build_weight
-from kd_plugins.distiller.schedules import build_schedule
 from kd_plugins.distiller.scoring import check_score_teacher
+from kd_plugins.distiller.temperature import build_temperature
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.pseudo import PseudoLabels
 from kd_plugins.teachers.run import RunOptions, check_alpha, check_class_map
@@ -160,7 +160,7 @@ class DistillOptions:
             )
         for name in ('temperature', 'box_temperature'):
             if getattr(self, name) is not None:
-                build_schedule(getattr(self, name), name, 0.0, strict=True)
+                build_temperature(getattr(self, name), name)
         if isinstance(self.mask_topk, bool) or not isinstance(self.mask_topk, int) or self.mask_topk < 1:
             raise DistillError(f'mask_topk must be a whole number >= 1, got {self.mask_topk!r}.')
         for name in ('foreground', 'trusted'):

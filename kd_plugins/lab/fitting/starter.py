@@ -61,11 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     offered = KINDS[given.kind][1].RECIPES
     recipe = given.kd or offered[0]
-    written = text(recipe)
     if given.teacher and not given.kd and len(offered) > 1:
         recipe = first_that_fits(text, offered, given)
-        written = text(recipe)
-    write_new(given.out, written, given.force)
+    write_new(given.out, text(recipe), given.force)
     taught = f'distilled by {recipe}' if given.teacher else 'without a teacher'
     print(f'{given.out} is written ({taught}); look it through, then: kd-plugins train {shlex.quote(given.out)}')
 

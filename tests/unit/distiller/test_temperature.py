@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Position, temperature
+from kd_plugins.distiller import Position, ranks, temperature
 from kd_plugins.distiller.optimizer import AdapterOptimizer
 from kd_plugins.distiller.ratio import build_weight
 from kd_plugins.distiller.schedules import build_schedule
-from kd_plugins.distiller.temperature import GapTemperature, LearnedTemperature
+from kd_plugins.distiller.temperature import GapTemperature, LearnedTemperature, build_temperature
 from kd_plugins.errors import DistillError
 from kd_plugins.losses import kl_div
 from kd_plugins.predictions import ClassPredictions
@@ -22,7 +22,7 @@ LABELS = torch.tensor([1, 4])
 
 
 def read(**options):
-    return build_schedule(options, 'temperature', 0.0, strict=True)
+    return build_temperature(options, 'temperature')
 
 
 def predictions(sure):
@@ -79,10 +79,11 @@ def test_ranks_agree(monkeypatch):
     there = SimpleNamespace(
         is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=all_reduce
     )
-    monkeypatch.setattr(temperature, 'distributed', there)
+    monkeypatch.setattr(ranks, 'distributed', there)
     found = GapTemperature(start=2.0)
     found.begin(epoch(0))
     found.observe(predictions(0), predictions(5), torch.tensor([0, 1]), None)
+    assert found.state()['sums'][1] == 4, 'what is saved by one rank is resumed on all'
     found.begin(epoch(1))
     assert found.value == 1.9, 'the other rank was ahead of its teacher by far'
 
@@ -243,6 +244,22 @@ def test_refusals(options, message):
 def test_they_are_no_weights(kind):
     with pytest.raises(DistillError, match=f"type='{kind}' is for temperatures"):
         build_weight(dict(type=kind), 'weight')
+
+
+@pytest.mark.parametrize('kind', ['gap', 'learned'])
+def test_inside_another_schedule_nobody_would_ask_or_train_them(kind):
+    inner = dict(type=kind)
+    for value in (
+        dict(type='auto', target=0.5, schedule=inner),
+        dict(type='auto', target=0.5, schedule=dict(type='warmup', value=inner, until=0.1)),
+        dict(type='warmup', value=inner, until=0.1),
+    ):
+        with pytest.raises(DistillError, match=f"has no schedule type '{kind}'"):
+            build_weight(value, 'weight')
+    with pytest.raises(DistillError, match=f"strength has no schedule type '{kind}'"):
+        read(type='learned', strength=inner)
+    with pytest.raises(DistillError, match="did you mean 'learned'"):
+        read(type='learnd')
 
 
 def test_a_detector_has_no_gap():
