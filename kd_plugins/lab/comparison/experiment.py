@@ -226,20 +226,32 @@ def _write(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 class _Found:
-    """What came out of an experiment whose models are trained.
+    """What comes out of an experiment: its models as they are trained, what they are worth once all are evaluated.
 
     Args:
         experiment: It.
-        trainings: Those of its students.
     """
 
-    def __init__(self, experiment: Experiment, trainings: Mapping[Key, Phase]) -> None:
+    def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.weights: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.teacher_weights()}
-        self.weights |= {key: experiment.last_checkpoint(phase.folder) for key, phase in trainings.items()}
-        self.folders: dict[Key, Path] = {(TEACHER, TEACHER_SEED): experiment.work_dir / TEACHER}
-        self.folders |= {key: phase.folder.parent for key, phase in trainings.items()}
-        self.tests = {key: experiment.test(_title(key), self.folders[key], path) for key, path in self.weights.items()}
+        self.weights: dict[Key, Path] = {}
+        self.folders: dict[Key, Path] = {}
+        self.tests: dict[Key, Phase] = {}
+
+    def teacher_is_trained(self) -> list[Phase]:
+        """Take the teacher in, which may be given; its evaluation."""
+        key = TEACHER, TEACHER_SEED
+        return [self._take_in(key, self.experiment.teacher_weights(), self.experiment.work_dir / TEACHER)]
+
+    def students_are_trained(self, trainings: Mapping[Key, Phase]) -> list[Phase]:
+        """Take students in; their evaluations."""
+        last = self.experiment.last_checkpoint
+        return [self._take_in(key, last(p.folder), p.folder.parent) for key, p in trainings.items()]
+
+    def _take_in(self, key: Key, weights: Path, folder: Path) -> Phase:
+        self.weights[key], self.folders[key] = weights, folder
+        self.tests[key] = self.experiment.test(_title(key), folder, weights)
+        return self.tests[key]
 
     def read(self) -> None:
         """Read logs and evaluations, when these are done."""
@@ -307,31 +319,39 @@ def _title(key: Key) -> str:
 
 
 def _run(experiments: Sequence[Experiment], display: Display) -> list[_Found]:
-    """Train and evaluate what is missing."""
+    """Train and evaluate what is missing, in an order in which every distilled student finds its teacher.
+
+    Evaluations wait for the trainings behind them only where there is no room for both.
+    """
     jobs = max(e.jobs for e in experiments)
-    found = [_Found(e, t) for e, t in zip(experiments, _train(experiments, display, jobs), strict=True)]
-    run_phases([test for one in found for test in one.tests.values()], display, jobs)
-    for one in found:
-        one.read()
-    return found
-
-
-def _figures(result: Result, metrics: Metrics) -> dict[str, Any]:
-    accuracy = dict(zip(metrics.keys, result.accuracy, strict=True))
-    return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size, weights=result.weights)
-
-
-def _train(experiments: Sequence[Experiment], display: Display, jobs: int) -> list[dict[Key, Phase]]:
-    """The students' trainings, in an order in which every distilled one finds its teacher."""
+    found = [_Found(e) for e in experiments]
     teachers = [e.train_teacher() for e in experiments if e.trains_teacher]
     if len(teachers) > 1 and jobs > 1:
         for phase, experiment in zip(teachers, experiments, strict=False):
             phase.threads = experiment.threads  # none is alone
     first = [_students(e, [PLAIN] if e.plain_first else []) for e in experiments]
-    run_phases([*teachers, *(p for phases in first for p in phases.values())], display, jobs)
+    run_phases([*teachers, *_flat(first)], display, jobs)
+    tests = [t for one, phases in zip(found, first, strict=True) for t in _evaluations(one, phases)]
     others = [_students(e, [*([] if e.plain_first else [PLAIN]), *e.distilled]) for e in experiments]
-    run_phases([p for phases in others for p in phases.values()], display, jobs)
-    return [a | b for a, b in zip(first, others, strict=True)]
+    run_phases([*_flat(others), *tests], display, jobs)
+    tests = [t for one, phases in zip(found, others, strict=True) for t in one.students_are_trained(phases)]
+    run_phases(tests, display, jobs)
+    for one in found:
+        one.read()
+    return found
+
+
+def _flat(students: Sequence[Mapping[Key, Phase]]) -> list[Phase]:
+    return [phase for phases in students for phase in phases.values()]
+
+
+def _evaluations(one: _Found, trainings: Mapping[Key, Phase]) -> list[Phase]:
+    return [*one.teacher_is_trained(), *one.students_are_trained(trainings)]
+
+
+def _figures(result: Result, metrics: Metrics) -> dict[str, Any]:
+    accuracy = dict(zip(metrics.keys, result.accuracy, strict=True))
+    return dict(seed=result.seed, **accuracy, seconds=result.seconds, size=result.size, weights=result.weights)
 
 
 def _students(experiment: Experiment, arms: Sequence[str]) -> dict[Key, Phase]:

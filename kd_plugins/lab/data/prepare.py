@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ from kd_plugins.errors import DistillError
 from kd_plugins.lab.data.formats import IGNORE_INDEX, SplitWriter, write_scans, write_yolo_yaml
 from kd_plugins.lab.data.preview import contact_sheet
 from kd_plugins.lab.data.scans import CLASSES, load_scans, split_scans
-from kd_plugins.lab.data.scenes import render_scene
+from kd_plugins.lab.data.scenes import Scene, render_scene
 
 MANIFEST = 'kd_digits.json'
 FORMAT = 'kd_plugins scenes of handwritten digits'
 VERSION = 2  # raise it when the same settings give other files: folders of an older version are then rewritten
 _UNFINISHED = 'UNFINISHED'  # marks a folder that is being written
+# Scenes that a process renders at a time; so few parts that starting processes would take longer than they save; and
+# writing, which one process does, takes about as long as rendering in one.
+_TOGETHER, _ALONE, _MOST_JOBS = 20, 10, 2
 _STALE_SECONDS = 3600  # far longer than any write takes: older unfinished siblings belong to killed processes
 MIN_SIZE, MAX_SIZE, MAX_COUNT = 64, 1024, 999_999
 
@@ -96,11 +100,11 @@ def _write(root: Path, settings: dict, scans: np.ndarray, labels: np.ndarray, pr
     used = {}
     write_scans(root, scans, labels, pools)
     for number, (split, pool) in enumerate(pools.items(), start=1):
-        writer = SplitWriter(root, split)
-        for i in range(settings[split]):
-            rng = np.random.default_rng([settings['seed'], number, i])
-            writer.add(render_scene(scans, labels, pool, settings['size'], rng))
-            _progress(progress, split, i + 1, settings[split])
+        writer, total = SplitWriter(root, split), settings[split]
+        seeds = [[settings['seed'], number, i] for i in range(total)]
+        for i, scene in enumerate(_rendered(seeds, scans, labels, pool, settings['size'])):
+            writer.add(scene)
+            _progress(progress, split, i + 1, total)
         writer.close()
         used[split] = sorted(writer.used_scans)
     write_yolo_yaml(root)
@@ -115,6 +119,25 @@ def _write(root: Path, settings: dict, scans: np.ndarray, labels: np.ndarray, pr
         'files': {name: length for name, length in _files(root).items() if name != _UNFINISHED},
     }
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1), newline='\n')
+
+
+def _rendered(
+    seeds: Sequence[Sequence[int]], scans: np.ndarray, labels: np.ndarray, pool: np.ndarray, size: int
+) -> Iterator[Scene]:
+    """The scene of each seed, in their order; many are rendered in processes beside this one, which writes them."""
+    import joblib  # lazy: it comes with scikit-learn, whose absence `load_scans` explains
+
+    parts = [seeds[i : i + _TOGETHER] for i in range(0, len(seeds), _TOGETHER)]
+    work = (joblib.delayed(_render)(part, scans, labels, pool, size) for part in parts)
+    jobs = 1 if len(parts) <= _ALONE else min(joblib.cpu_count(), _MOST_JOBS)
+    for scenes in joblib.Parallel(n_jobs=jobs, return_as='generator')(work):
+        yield from scenes
+
+
+def _render(
+    seeds: Sequence[Sequence[int]], scans: np.ndarray, labels: np.ndarray, pool: np.ndarray, size: int
+) -> list[Scene]:
+    return [render_scene(scans, labels, pool, size, np.random.default_rng(seed)) for seed in seeds]
 
 
 def _reusable(root: Path, settings: dict, force: bool) -> bool:

@@ -30,8 +30,10 @@ OPTIONS = (
     'verbose=False',
 )
 EPOCHS = 10
-#: Of the short tour: scenes as they are, which are learned in half the time, and one validation at the end.
-SHORT = (*OPTIONS, 'scale=0.0', 'translate=0.0', 'hsv_h=0.0', 'hsv_s=0.0', 'hsv_v=0.0', 'val=False')
+#: Of the short tour, the teacher's too: scenes as they are, which are learned in half the time, and one validation at
+#: the end. Of models that are hardly trained it spends most of its time on thousands of boxes that nobody would show:
+#: without the faintest of them (conf) it measures 0.1 points less. What the table shows is measured with all.
+SHORT = (*OPTIONS, 'scale=0.0', 'translate=0.0', 'hsv_h=0.0', 'hsv_s=0.0', 'hsv_v=0.0', 'val=False', 'conf=0.005')
 #: As little training as the gain can still be seen after: a teacher that saw fewer scenes teaches half as much.
 SHORT_EPOCHS = dict(teacher=4, student=4)
 SHORT_STUDENT = ('fraction=0.92',)

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip('PIL')
 pytest.importorskip('sklearn')
 
+import joblib
 from PIL import Image
 
 from kd_plugins.errors import DistillError
@@ -401,3 +402,21 @@ def test_command_line_error_is_one_line(tmp_path):
 def test_importing_the_package_needs_neither_pillow_nor_scikit_learn():
     code = 'import sys, kd_plugins.lab.data; assert not {"PIL", "sklearn", "numpy", "torch"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
+
+
+def test_scenes_that_are_rendered_in_processes_are_the_same(monkeypatch):
+    """In their order, whatever the number of processes and of scenes that each renders at a time."""
+    monkeypatch.setattr(prepare, '_TOGETHER', 2)
+    pixels, labels = scans.load_scans()
+    pool = scans.split_scans(labels, 0)['val']
+    seeds = [[0, 1, i] for i in range(5)]
+    asked = []
+    monkeypatch.setattr(joblib, 'cpu_count', lambda: asked.append(1) or 2)
+    for alone in (0, 100):
+        monkeypatch.setattr(prepare, '_ALONE', alone)
+        found = list(prepare._rendered(seeds, pixels, labels, pool, 64))
+        expected = [render_scene(pixels, labels, pool, 64, np.random.default_rng(seed)) for seed in seeds]
+        assert len(found) == 5
+        for one, other in zip(found, expected, strict=True):
+            assert np.array_equal(one.image, other.image) and one.scans == other.scans
+    assert len(asked) == 1
