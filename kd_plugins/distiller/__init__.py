@@ -2,6 +2,7 @@
 
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.bank import AdapterBank
+from kd_plugins.distiller.combining import Combination, Compared, register_combination
 from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.optimizer import AdapterOptimizer
 from kd_plugins.distiller.protocol import Teacher
@@ -19,6 +20,8 @@ __all__ = [
     'Apart',
     'CannotRunError',
     'Capture',
+    'Combination',
+    'Compared',
     'Host',
     'Position',
     'Schedule',
@@ -33,6 +36,7 @@ __all__ = [
     'find_module',
     'images_of',
     'map_tensors',
+    'register_combination',
     'register_schedule',
     'register_weighting',
     'resolver_of',

@@ -85,8 +85,18 @@ class Matching:
     def form(self, term: Term) -> type[Form] | None:
         """The form that both sides of a term are read into; None: its tensors are compared as they are."""
         if term.name not in self._forms:
-            self._forms[term.name] = self._find_form(term)
+            self._forms[term.name] = self._common_form(term)
         return self._forms[term.name]
+
+    def _common_form(self, term: Term) -> type[Form] | None:
+        found = [self._find_form(one) for one in term.each]
+        if len(set(found)) > 1:
+            shown = ', '.join(
+                f'{str(tap)!r} a {"map or vector" if form is None else form.head + " head"}'
+                for tap, form in zip(term.taps, found, strict=True)
+            )
+            raise DistillError(f'its teachers are not of one kind: {shown}; write one term for each.')
+        return found[0]
 
     def sides(self, term: Term) -> tuple[tuple[str, nn.Module, Tap], tuple[str, nn.Module, Tap]]:
         """``(side, module, tap)`` of student and teacher."""

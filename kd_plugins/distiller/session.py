@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from kd_plugins.distiller.apart import Apart
 from kd_plugins.distiller.balance import AIM, Balance
 from kd_plugins.distiller.bank import AdapterBank
+from kd_plugins.distiller.combining import Compared
 from kd_plugins.distiller.history import History
 from kd_plugins.distiller.host import Host
 from kd_plugins.distiller.matching import Batch, Matching, refuse_layers_of_logits, shapes
@@ -112,17 +113,21 @@ class Session(Apart):
         self.set_classes(classes)
 
     def _find_places(self, term: Term) -> None:
-        """Find the teacher and the modules that a term names."""
-        owner = term.teacher.owner
+        """Find the teachers and the modules that a term names."""
+        term.student = self.host.tap(self.student, term.student)
+        term.teacher, *others = map(self._find_in_teacher, term.taps)
+        term.others = tuple(others)
+
+    def _find_in_teacher(self, tap: Tap) -> Tap:
+        owner = tap.owner
         if not owner and len(self.teachers) == 1:
             owner = next(iter(self.teachers))
         if owner not in self.teachers:
             if not owner:
-                names = ', '.join(repr(f'{name}:{term.teacher}') for name in self.teachers)
+                names = ', '.join(repr(f'{name}:{tap}') for name in self.teachers)
                 raise DistillError(f'there are several teachers; say which one: teacher={names}.')
             raise DistillError(f'there is no teacher {owner!r}: {nearest(owner, [n for n in self.teachers if n])}')
-        term.student = self.host.tap(self.student, term.student)
-        term.teacher = replace(self.teachers[owner].tap(term.teacher), owner=owner)
+        return replace(self.teachers[owner].tap(tap), owner=owner)
 
     @property
     def teacher(self) -> Teacher:
@@ -147,7 +152,7 @@ class Session(Apart):
 
     def by_class(self, teacher: str) -> bool:
         """Whether a term compares class by class with this teacher, so that their classes must be matched."""
-        return any(self.matching.by_class(t) for t in self.terms.values() if t.teacher.owner == teacher)
+        return any(self.matching.by_class(t) for t in self._of(teacher))
 
     @property
     def student_modules(self) -> list[str]:
@@ -320,7 +325,8 @@ class Session(Apart):
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
         for name, teacher in self.teachers.items():
-            teacher.expect([(t.teacher, self.matching.form(t)) for t in self._of(name)])
+            asked = [(tap, self.matching.form(t)) for t in self._of(name) for tap in t.taps]
+            teacher.expect([(tap, form) for tap, form in asked if tap.owner == name])
 
     def check(self, inputs: Tensor, samples: Any = None) -> list[Row]:
         """Run all models once without gradients, build the adapters and check that every term fits.
@@ -359,7 +365,7 @@ class Session(Apart):
             taught = {}
             for name, teacher in self.teachers.items():
                 with self._running('teacher', teacher.model, inputs):
-                    paths = [*self._modules([t.teacher for t in self._of(name)]), *around[name]]
+                    paths = [*self._modules(self._taps_in(name)), *around[name]]
                     taught[name] = self._ask(teacher, inputs, samples, paths)
             batch = Batch(capture, taught, self.host.targets(inputs, samples))
             heads = {side: self._read_heads(side, around[side], batch) for side in around}
@@ -402,7 +408,8 @@ class Session(Apart):
         found: dict[str, Tap] = {}
         for term in terms:
             if self.matching.form(term) is DensePredictions:
-                found.setdefault(term.teacher.owner, term.teacher)
+                for tap in term.taps:
+                    found.setdefault(tap.owner, tap)
         return found
 
     def _detections(self, name: str, tap: Tap, batch: Batch) -> list[Tensor]:
@@ -425,7 +432,10 @@ class Session(Apart):
         return notes
 
     def _of(self, teacher: str) -> list[Term]:
-        return [t for t in self.terms.values() if t.teacher.owner == teacher]
+        return [t for t in self.terms.values() if any(tap.owner == teacher for tap in t.taps)]
+
+    def _taps_in(self, teacher: str) -> list[Tap]:
+        return [tap for t in self.terms.values() for tap in t.taps if tap.owner == teacher]
 
     @staticmethod
     def _modules(taps: Sequence[Tap]) -> list[str]:
@@ -434,9 +444,7 @@ class Session(Apart):
     def _heads_around(self, side: str) -> list[str]:
         """Readable heads in which a tapped layer lies: the layer may be what makes their class logits."""
         model = self.student if side == 'student' else self.teachers[side].model
-        taps = [t.student if side == 'student' else t.teacher for t in self.terms.values()]
-        if side != 'student':
-            taps = [tap for tap in taps if tap.owner == side]
+        taps = [t.student for t in self.terms.values()] if side == 'student' else self._taps_in(side)
         found = []
         for tap in taps:
             parts = tap.module.split('.')
@@ -480,18 +488,29 @@ class Session(Apart):
             if whole:
                 if term not in self.parts:
                     self.parts.keep(term, device)
-                pair = self.matching.predictions(term, batch)
+                compared = self._compared(term, batch)
+                pair = compared[0].student, compared[0].teacher
                 if term.declared.stands_for_another:
                     term.loss = cast(Extras, term.loss).for_predictions(*pair)
                     term.declared = declaration_of(term.loss)
                 if isinstance(term.temperature, Observing):
+                    if len(compared) > 1:
+                        raise DistillError(
+                            'its temperature follows one teacher, and several teach here, each by itself; write a '
+                            "number or a schedule, or combine='mean'."
+                        )
                     term.temperature.check(pair[0])
-                value = self._compare(term, *pair, batch)
+                value = self._compare_all(term, compared, batch)
                 if isinstance(term.temperature, LearnedTemperature):
-                    _refuse_constant(term, term.temperature, lambda: self._compare(term, *pair, batch))
+                    _refuse_constant(term, term.temperature, lambda: self._compare_all(term, compared, batch))
                 found = pair[0].describe(), pair[1].describe()
                 adapter = 'none'
             else:
+                if term.combine is not None:
+                    raise DistillError(
+                        f'several teachers are combined by what they predict, and {type(term.loss).__name__} compares '
+                        'tensors here; tap whole heads, or write one term for each of them.'
+                    )
                 pairs = self.matching.tensors(term, batch)
                 owners = {'student': heads['student'], 'teacher': heads[term.teacher.owner]}
                 refuse_layers_of_logits(term, batch, owners)
@@ -520,7 +539,7 @@ class Session(Apart):
             loss=type(term.loss).__name__ + ('' if term.temperature is None else f', temperature {term.temperature}'),
             student=str(term.student),
             student_shape=found[0],
-            teacher=str(term.teacher),
+            teacher=term.teacher_text,
             teacher_shape=found[1],
             adapter=adapter,
             parameters=sum(p.numel() for p in self.parts.of(term).parameters()),
@@ -530,6 +549,10 @@ class Session(Apart):
         )
 
     def _refuse_nan(self, term: Term, batch: Batch) -> None:
+        for one in term.each:
+            self._refuse_nan_of(one, batch)
+
+    def _refuse_nan_of(self, term: Term, batch: Batch) -> None:
         tensors = batch.teachers[term.teacher.owner].maps(term.teacher)
         if self.matching.form(term) is not None:
             # Large raw outputs are finite, but the boxes decoded from them may not be.
@@ -628,7 +651,8 @@ class Session(Apart):
         """Run every teacher that a term needs."""
         taps: dict[str, list[Tap]] = {}
         for term in live:
-            taps.setdefault(term.teacher.owner, []).append(term.teacher)
+            for tap in term.taps:
+                taps.setdefault(tap.owner, []).append(tap)
         return {n: self._ask(self.teachers[n], inputs, samples, self._modules(t)) for n, t in taps.items()}
 
     def _ask(self, teacher: Teacher, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
@@ -638,15 +662,17 @@ class Session(Apart):
 
     def _needs_labels(self, term: Term) -> bool:
         form = ClassPredictions if term.projects else self.matching.form(term)
-        partly = form is not None and form.needs_labels(self.matching.classes_of(term))
-        labels = isinstance(term.temperature, Observing) or getattr(term.samples, 'needs_target', False)
+        partly = form is not None and any(form.needs_labels(self.matching.classes_of(one)) for one in term.each)
+        labels = isinstance(term.temperature, Observing) or any(
+            getattr(part, 'needs_target', False) for part in (term.samples, term.combine)
+        )
         return partly or term.declared.needs_target or labels
 
     def _term_loss(self, term: Term, batch: Batch) -> Tensor:
         if self.matching.reads(term):
-            student, teacher = self.matching.predictions(term, batch)
-            found = student.tensors()
-            value = self._compare(term, student, teacher, batch)
+            compared = self._compared(term, batch)
+            found = compared[0].student.tensors()
+            value = self._compare_all(term, compared, batch)
         else:
             pairs = self.matching.tensors(term, batch)
             found = [ours for ours, _ in pairs]
@@ -657,23 +683,37 @@ class Session(Apart):
             _refuse_frozen(term, found)
         return value
 
-    def _compare(self, term: Term, student: Form, teacher: Form, batch: Batch) -> Tensor:
-        """The loss of two aligned predictions; with ``samples`` that of every image on its own, weighted."""
-        classes = self.matching.classes_of(term)
+    def _compared(self, term: Term, batch: Batch) -> Sequence[Compared]:
+        """What a term on whole predictions compares: one pair, or what its teachers together make."""
+        each = [Compared(*self.matching.predictions(t, batch), self.matching.classes_of(t)) for t in term.each]
+        if term.combine is None:
+            return each
+        with torch.autocast(each[0].student.source.device.type, enabled=False):
+            return term.combine(each, batch.target)
+
+    def _compare_all(self, term: Term, compared: Sequence[Compared], batch: Batch) -> Tensor:
+        values = [self._compare(term, one, batch) for one in compared]
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def _compare(self, term: Term, compared: Compared, batch: Batch) -> Tensor:
+        """The loss of two aligned predictions; where images are weighted that of every one on its own."""
+        student, teacher, classes, weights = compared
         with torch.autocast(student.source.device.type, enabled=False):
             labels = known = None
-            if term.samples is not None or isinstance(term.temperature, Observing):
+            if term.samples is not None or weights is not None or isinstance(term.temperature, Observing):
                 labels, known = type(student).compared_labels(batch.target, classes)
             if isinstance(term.temperature, Observing) and self._checked:
                 term.temperature.observe(student, teacher, labels, known)
-            if term.samples is None:
+            if term.samples is not None:
+                found = term.samples(student, teacher, labels)
+                if tuple(found.shape) != (len(student.source),):
+                    raise DistillError(
+                        f'{type(term.samples).__name__} must return one weight per image, ({len(student.source)},), '
+                        f'got {tuple(found.shape)}.'
+                    )
+                weights = found if weights is None else weights * found
+            if weights is None:
                 return type(student).compare(term.loss, term.declared, student, teacher, batch.target, classes)
-            weights = term.samples(student, teacher, labels)
-            if tuple(weights.shape) != (len(student.source),):
-                raise DistillError(
-                    f'{type(term.samples).__name__} must return one weight per image, ({len(student.source)},), got '
-                    f'{tuple(weights.shape)}.'
-                )
             values = [
                 type(student).compare(
                     term.loss,
@@ -686,8 +726,10 @@ class Session(Apart):
                 for i in range(len(weights))
             ]
             weighted = weights.detach() * torch.stack(values)
+            if known is None or compared.weights is not None:
+                return weighted.mean()
             # Images that do not count are 0 each, and no part of the mean either.
-            return weighted.mean() if known is None else weighted.sum() / known.sum().clamp(min=1)
+            return weighted.sum() / known.sum().clamp(min=1)
 
     def _tensor_loss(self, term: Term, pairs: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
         classes = self.matching.classes_of(term)
@@ -708,7 +750,7 @@ class Session(Apart):
                 known = None if classes is None else (classes[1], classes[1])
                 kind = self.matching.teacher_classes(term, batch).activation
                 pair = align_classes(ClassPredictions(student, kind), ClassPredictions(teacher, kind), known)
-                values.append(self._compare(term, *pair, batch))
+                values.append(self._compare(term, Compared(*pair, classes), batch))
                 continue
             loss = self.parts.loss(term, level)
             # Also for users' own losses: half precision overflows.

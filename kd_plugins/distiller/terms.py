@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 import kd_plugins.losses as losses
+from kd_plugins.distiller.combining import Combination, build_combination
 from kd_plugins.distiller.ratio import Ratio, build_weight
 from kd_plugins.distiller.schedules import Constant, Schedule, Window, build_window, is_zero
 from kd_plugins.distiller.taps import Tap
@@ -33,6 +34,7 @@ TERM_KEYS = (
     'start',
     'stop',
     'samples',
+    'combine',
 )
 AUTO_OPTIONS = ('norm', 'prefix_tokens')
 #: Finds what builds a module, by name; None where the name is unknown.
@@ -85,7 +87,7 @@ class Term:
         loss: The loss module.
         declared: What the loss says of itself.
         student: Tap in the student.
-        teacher: Tap in the teacher; its ``owner`` says in which one.
+        teacher: Tap in the teacher; its ``owner`` says in which one. Of several teachers, in the first.
         adapter: ``'auto'`` or ``dict(type='auto', **options)``, None (shapes must fit), a config ``dict(type=...)``,
             or a list of these, one after the other. Losses on logits take none but `LogitProjector`.
         teacher_adapter: The same for the teacher's side, without parameters to train; None: as it comes. The student
@@ -95,6 +97,8 @@ class Term:
         window: Where in the run it is on, within the window of the run.
         samples: How much each image counts, or None: all alike.
         ratio: What finds the weight in the run, which is then multiplied by the schedule; None: the schedule is all.
+        others: Taps in the teachers besides the first.
+        combine: What is made of several teachers; None where there is one.
     """
 
     name: str
@@ -109,6 +113,25 @@ class Term:
     window: Window = field(default_factory=Window)
     samples: Weighting | None = None
     ratio: Ratio | None = None
+    others: tuple[Tap, ...] = ()
+    combine: Combination | None = None
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The taps in all of its teachers."""
+        return (self.teacher, *self.others)
+
+    @property
+    def each(self) -> list[Term]:
+        """The term as it would be for each of its teachers alone."""
+        if not self.others:
+            return [self]
+        return [replace(self, teacher=tap, others=(), combine=None) for tap in self.taps]
+
+    @property
+    def teacher_text(self) -> str:
+        """Where the teacher's side comes from, in words."""
+        return ' + '.join(map(str, self.taps)) + ('' if self.combine is None else f' ({self.combine})')
 
     @property
     def weight_text(self) -> str:
@@ -331,11 +354,20 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
     if student.owner:
         raise DistillError(f'{where}: there is one student; write student={str(student).partition(":")[2]!r}.')
     weight, ratio = build_weight(cfg.get('weight', 1.0), f'{where}: weight')
+    taps = _teachers(cfg['teacher'], where)
+    combine = build_combination(cfg.get('combine', 'mean'), f'{where}: combine') if len(taps) > 1 else None
+    if combine is None and cfg.get('combine') is not None:
+        raise DistillError(f"{where}: combine is for several teachers; write teacher=['big:head', 'small:head'].")
+    if combine is not None and (consumes == 'features' or _is_projector(adapter)):
+        raise DistillError(
+            f'{where}: several teachers are combined by what they predict, and {type(loss).__name__} compares '
+            "features here; write one term for each of them, e.g. teacher='big:neck'."
+        )
     return Term(
         name=name,
         loss=loss,
         student=student,
-        teacher=Tap.parse(cfg['teacher'], f'{where}: teacher'),
+        teacher=taps[0],
         adapter=adapter,
         weight=weight,
         temperature=temperature,
@@ -344,7 +376,17 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
         window=build_window(cfg.get('start'), cfg.get('stop'), f'{where}: '),
         samples=build_weighting(cfg.get('samples'), f'{where}: samples'),
         ratio=ratio,
+        others=taps[1:],
+        combine=combine,
     )
+
+
+def _teachers(value: Any, where: str) -> tuple[Tap, ...]:
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    taps = tuple(Tap.parse(one, f'{where}: teacher') for one in given)
+    if not taps or len(set(taps)) < len(taps):
+        raise DistillError(f"{where}: teacher={value!r} must name each teacher once, e.g. ['big:head', 'small:head'].")
+    return taps
 
 
 def _is_projector(adapter: Any) -> bool:

@@ -1,7 +1,8 @@
 """What is matched between student and teacher: one published method per file, as a function and a module.
 
 Every loss returns a scalar that is 0 when student and teacher agree (except ``HardLabelLoss`` and ``OFALoss``,
-cross-entropies, and ``MGDLoss``, which has to recover what it hides), computes in float32 outside autocast (float64
+cross-entropies, ``MGDLoss``, which has to recover what it hides, and ``BalancedKLDivLoss``, which balances the teacher
+first), computes in float32 outside autocast (float64
 stays), sends no gradient to the teacher, and states its reduction. The class attribute ``consumes`` says what it is
 given: ``'features'`` (two feature maps), ``'logits'`` (two ``(..., C)`` tensors), ``'predictions'`` (two aligned
 ``DensePredictions``), ``'masks'`` (two ``(B, K, H, W)`` maps of mask logits) or ``'segmentation'`` (two
@@ -16,6 +17,7 @@ argument. Only torch is needed::
 
 from kd_plugins.losses.attention_transfer import AttentionTransferLoss, attention_transfer
 from kd_plugins.losses.auto_box import AutoBoxLoss
+from kd_plugins.losses.balanced_kl_div import BalancedKLDivLoss, balanced_kl_div
 from kd_plugins.losses.base import DistillLoss as DistillLoss
 from kd_plugins.losses.binary_kl_div import BinaryKLDivLoss, binary_kl_div
 from kd_plugins.losses.box_iou import BoxIoULoss, box_iou
@@ -39,6 +41,7 @@ from kd_plugins.losses.yolo_logit import YOLOLogitLoss, yolo_logit
 __all__ = [
     'AttentionTransferLoss',
     'AutoBoxLoss',
+    'BalancedKLDivLoss',
     'BinaryKLDivLoss',
     'BoxIoULoss',
     'BoxL1Loss',
@@ -58,6 +61,7 @@ __all__ = [
     'RelationLoss',
     'YOLOLogitLoss',
     'attention_transfer',
+    'balanced_kl_div',
     'binary_kl_div',
     'box_iou',
     'box_l1',

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import as_full
 from kd_plugins.losses.base import Declaration
-from kd_plugins.predictions.form import Classes, Form, refuse_activation
+from kd_plugins.predictions.form import (
+    Classes,
+    Form,
+    common_shape,
+    mean_of_sigmoid,
+    mean_of_softmax,
+    refuse_activation,
+)
 
 ACTIVATIONS = ('softmax', 'sigmoid', 'either')
 
@@ -65,6 +72,13 @@ class ClassPredictions(Form):
         cls, student: ClassPredictions, teacher: ClassPredictions, classes: Classes = None
     ) -> tuple[ClassPredictions, ClassPredictions]:
         return align_classes(student, teacher, classes)
+
+    @classmethod
+    def average(cls, predictions: Sequence[ClassPredictions]) -> ClassPredictions:
+        logits = [p.logits for p in predictions]
+        common_shape(predictions, logits)
+        mean = mean_of_sigmoid(logits) if predictions[0].activation == 'sigmoid' else mean_of_softmax(logits)
+        return predictions[0].replace(logits=mean)
 
     @classmethod
     def needs_labels(cls, classes: Classes) -> bool:

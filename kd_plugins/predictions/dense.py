@@ -16,7 +16,14 @@ from torch.nn.functional import logsigmoid
 
 from kd_plugins.errors import DistillError
 from kd_plugins.losses.base import Declaration, Extras
-from kd_plugins.predictions.form import Classes, Form, refuse_activation
+from kd_plugins.predictions.form import (
+    Classes,
+    Form,
+    common_shape,
+    mean_of_sigmoid,
+    mean_of_softmax,
+    refuse_activation,
+)
 
 ACTIVATIONS = ('sigmoid', 'softmax', 'probability')
 FIELDS = ('cls', 'obj', 'ltrb', 'dist', 'box', 'coefficients')  # the prediction tensors, (B, A, ...)
@@ -301,6 +308,51 @@ class DensePredictions(Form):
         from kd_plugins.predictions.align import align
 
         return align(student, teacher, classes)
+
+    @classmethod
+    def average(cls, predictions: Sequence[DensePredictions]) -> DensePredictions:
+        """See `Form.average`: class probabilities and objectness are averaged, boxes and bins weighted by confidence.
+
+        Where one teacher sees an object and the other nothing, the other's box is arbitrary: weighted by what each is
+        sure of, it hardly counts.
+        """
+        first = predictions[0]
+        common_shape(predictions, [p.points for p in predictions])
+        kinds = {(p.activation, p.obj is None, p.obj_coding) for p in predictions}
+        if len(kinds) > 1:
+            predictions = [p.fold_objectness() for p in predictions]
+            predictions = [p.replace(cls=p.binary_logits(), activation='sigmoid') for p in predictions]
+        common_shape(predictions, [p.cls for p in predictions])
+        classes = [p.class_logits() for p in predictions]
+        softmax = predictions[0].activation == 'softmax'
+        cls_logits = mean_of_softmax(classes) if softmax else mean_of_sigmoid(classes)
+        objects = [p.obj for p in predictions if p.obj is not None]
+        confidence = torch.stack([p.confidence() for p in predictions])[..., None] + _FLOOR
+        weights = confidence / confidence.sum(0)
+
+        def weighted(name: str) -> Tensor | None:
+            found = [v for p in predictions if (v := getattr(p, name)) is not None]
+            if len(found) < len(predictions) or len({v.shape for v in found}) > 1:
+                return None
+            return (torch.stack(found) * weights).sum(0)
+
+        bins = [p.dist for p in predictions if p.dist is not None]
+        dist = None
+        if len(bins) == len(predictions) and len({b.shape for b in bins}) == 1:
+            dist = (torch.stack([b.log_softmax(-1) for b in bins]) + weights.log()[..., None]).logsumexp(0)
+        box = weighted('box') if len({p.box_coding for p in predictions}) == 1 else None
+        reason = 'the teachers that are averaged do not all have it, or not of the same kind'
+        return first.replace(
+            cls=cls_logits,
+            activation='softmax' if softmax else 'sigmoid',
+            obj=mean_of_sigmoid(objects) if objects else None,
+            ltrb=weighted('ltrb'),
+            dist=dist,
+            box=box,
+            box_coding=None if box is None else first.box_coding,
+            coefficients=None,
+            absent={**dict.fromkeys(('obj', 'ltrb', 'dist', 'box', 'coefficients'), reason), **first.absent},
+        )
 
     @classmethod
     def compare(

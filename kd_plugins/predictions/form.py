@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.losses._common import as_full
@@ -116,6 +119,21 @@ class Form:
         """
         return target, None
 
+    @classmethod
+    def average(cls: type[F], predictions: Sequence[F]) -> F:
+        """What several teachers predict together: the mean of their probabilities; see `common_shape`.
+
+        Args:
+            predictions: Of each teacher, detached, aligned to the same student.
+
+        Raises:
+            DistillError: There is no such mean of this form, or they are not of the same places and classes.
+        """
+        raise DistillError(
+            f'predictions of {cls.head} heads have no mean; write one term for each teacher, e.g. '
+            "big=dict(..., teacher='big:head'), small=dict(..., teacher='small:head')."
+        )
+
     @property
     def source(self) -> Tensor:
         """The tensor that carries the student's gradient if any does."""
@@ -185,6 +203,34 @@ def form_named(name: str, where: str = 'consumes') -> type[Form]:
     if name not in _FORMS:
         raise DistillError(f'{where} names no form of predictions: {name!r}; {nearest(name, _FORMS)}')
     return _FORMS[name]
+
+
+def common_shape(predictions: Sequence[Form], tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The shape of one tensor of each of several teachers, when it is the same.
+
+    Raises:
+        DistillError: It is not.
+    """
+    shapes = [tuple(t.shape) for t in tensors]
+    if len(set(shapes)) > 1:
+        shown = '; '.join(dict.fromkeys(p.describe() for p in predictions))
+        raise DistillError(
+            f'there is no mean of predictions at different places or of different classes ({shown}); write one term '
+            'for each teacher.'
+        )
+    return shapes[0]
+
+
+def mean_of_softmax(logits: Sequence[Tensor], dim: int = -1) -> Tensor:
+    """Logits whose softmax is the mean of the softmax of each."""
+    return torch.stack([as_full(z).log_softmax(dim) for z in logits]).logsumexp(0) - math.log(len(logits))
+
+
+def mean_of_sigmoid(logits: Sequence[Tensor]) -> Tensor:
+    """Logits whose sigmoid is the mean of the sigmoid of each; from logarithms, so that none of them rounds to 1."""
+    found = torch.stack([as_full(z) for z in logits])
+    # logit(mean) = log(sum of p) - log(sum of 1 - p): the number of them cancels out.
+    return logsigmoid(found).logsumexp(0) - logsigmoid(-found).logsumexp(0)
 
 
 def refuse_activation(loss: nn.Module, activation: str, of: str, advice: str) -> DistillError:

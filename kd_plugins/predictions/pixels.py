@@ -14,7 +14,14 @@ from torch.nn.functional import interpolate
 from kd_plugins.errors import DistillError
 from kd_plugins.losses._common import as_full
 from kd_plugins.losses.base import Declaration
-from kd_plugins.predictions.form import Classes, Form, refuse_activation
+from kd_plugins.predictions.form import (
+    Classes,
+    Form,
+    common_shape,
+    mean_of_sigmoid,
+    mean_of_softmax,
+    refuse_activation,
+)
 
 ACTIVATIONS = ('softmax', 'sigmoid')
 
@@ -96,6 +103,15 @@ class PixelPredictions(Form):
         cls, student: PixelPredictions, teacher: PixelPredictions, classes: Classes = None
     ) -> tuple[PixelPredictions, PixelPredictions]:
         return align_pixels(student, teacher, classes)
+
+    @classmethod
+    def average(cls, predictions: Sequence[PixelPredictions]) -> PixelPredictions:
+        # Each at the size of the largest: of a coarse one probabilities, not their mean, are what its own head says.
+        largest = max(predictions, key=lambda p: p.logits.shape[-2:].numel())
+        logits = [common_grid(largest, p)[1].logits for p in predictions]
+        common_shape(predictions, logits)
+        sigmoid = largest.binary or largest.activation == 'sigmoid'
+        return predictions[0].replace(logits=mean_of_sigmoid(logits) if sigmoid else mean_of_softmax(logits, 1))
 
     @classmethod
     def compare(

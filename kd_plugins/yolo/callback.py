@@ -379,7 +379,7 @@ def refuse_other_tasks(session: Session, host: UltralyticsHost) -> None:
     Raises:
         DistillError: A term compares what a teacher predicts, which its student does not.
     """
-    for term in session.terms.values():
+    for term in (one for whole in session.terms.values() for one in whole.each):
         teacher = session.teachers[term.teacher.owner]
         if term.consumes == 'features' or term.teacher.module != teacher.head:
             continue

@@ -49,12 +49,15 @@ LOGITS = dict(loss=dict(type='KLDivLoss', temperature=2.0), student='logits', te
 DEPTH = dict(loss=dict(type='ScaleInvariantLoss', share=0.25), student='depth', teacher='depth')
 
 
+def held(teacher):
+    return FrozenTeacher(teacher, lambda net, images, *_: net(images), lambda images, _: images, name='net')
+
+
 def session_of(imports, term, teacher_stride=1):
     """As a host opens one."""
     student, teacher = Net(0), Net(1, teacher_stride)
-    held = FrozenTeacher(teacher, lambda net, images, *_: net(images), lambda images, _: images, name='net')
     options = RunOptions.read(dict(teacher=dict(), terms=dict(mine=term), imports=imports))
-    session = open_session(student, {'': held}, options, Host())
+    session = open_session(student, {'': held(teacher)}, options, Host())
     return session, student, teacher
 
 
@@ -117,6 +120,25 @@ def test_a_sample_weighting(own_files):
         certainty = 1 + sum(q * math.log(q) for q in p.tolist()) / math.log(5)
         weighted.append(max(certainty, 0.001) * kl_div(z[None], t[None], temperature=2.0).item())
     assert value == pytest.approx(sum(weighted) / 2, rel=1e-4) and gradient.abs().sum() > 0
+
+
+def test_a_combination(own_files):
+    """Of two teachers the surer one of each image teaches it."""
+    student, teachers = Net(0), {'one': Net(1), 'other': Net(2)}
+    teachers['other'].linear.weight.data[:, 0] += 20 * torch.sign(teachers['other'].body(IMAGES)[1, 0].mean()).detach()
+    term = {**LOGITS, 'teacher': ['one:logits', 'other:logits'], 'combine': 'surest'}
+    given = dict(teachers=dict(one=dict(), other=dict()), terms=dict(mine=term), imports=[own_files['combination']])
+    session = open_session(student, {n: held(t) for n, t in teachers.items()}, RunOptions.read(given), Host())
+    (row,) = session.check(IMAGES)
+    value, gradient = value_of(session, student)
+    logits = [t(IMAGES)[0] for t in teachers.values()]
+    best = torch.stack([z.softmax(-1).amax(-1) for z in logits]).argmax(0).tolist()
+    each = [
+        kl_div(z[None], logits[k][i][None], temperature=2.0)
+        for i, (z, k) in enumerate(zip(student(IMAGES)[0], best, strict=True))
+    ]
+    assert value == pytest.approx((sum(each) / 2).item(), rel=1e-4) and gradient.abs().sum() > 0
+    assert row.teacher == 'one:logits + other:logits (the surest)'
 
 
 def test_a_teacher(own_files, tmp_path):
@@ -196,7 +218,7 @@ def test_a_users_reader_is_asked_before_our_reason_for_having_none(own_files):
     assert not readable(head, PixelPredictions)
 
 
-ALL = ('loss', 'schedule', 'weighting', 'form')
+ALL = ('loss', 'schedule', 'weighting', 'form', 'combination')
 
 
 @pytest.mark.parametrize(
