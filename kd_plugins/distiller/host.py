@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,13 @@ class Host:
     """A framework as the engine sees it; as it stands here, a plain training loop of PyTorch.
 
     A subclass is all that a new zoo needs, see ``examples/plain_torch.py`` for the rest of the loop.
+
+    Attributes:
+        counts: Asked, once and only by losses that need it, for the number of training images of each class of the
+            student; None where that is not known.
     """
+
+    counts: Callable[[], Sequence[int] | None] | None = None
 
     def tap(self, student: nn.Module, tap: Tap) -> Tap:
         """The tap that is meant by a name: ``head``, ``neck``, ``backbone``, ``logits``, ``stages[i]``, or a path.

@@ -95,7 +95,7 @@ class AdapterOptimizer(Apart):
             # Optimizers around another one (Lookahead) may skip torch's constructor; until the first `zero_grad` makes
             # up for it, they call no hooks.
             student.zero_grad()
-        self._handle = student.register_step_post_hook(self._after_step)
+        self._handle = student.register_step_post_hook(torch.compiler.disable(self._after_step))
         self._zero_grad: Callable[..., None] | None = None
         self._wrap_zero_grad()
 
@@ -156,7 +156,6 @@ class AdapterOptimizer(Apart):
 
     # ------------------------------------------------------------------ every step of the student's optimizer
     # After the step and not before: an optimizer that is given a closure computes the gradients in it.
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     @torch.no_grad()
     def _after_step(self, student: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if student is not self.student:

@@ -368,6 +368,7 @@ class Session(Apart):
                     paths = [*self._modules(self._taps_in(name)), *around[name]]
                     taught[name] = self._ask(teacher, inputs, samples, paths)
             batch = Batch(capture, taught, self.host.targets(inputs, samples))
+            self._count_images()
             heads = {side: self._read_heads(side, around[side], batch) for side in around}
             rows = [self._check_term(term, batch, heads) for term in self.terms.values()]
             for term in self.terms.values():
@@ -378,6 +379,31 @@ class Session(Apart):
         self.notes += self._notes_on(batch, rows)
         self._checked = True
         return rows
+
+    def _count_images(self) -> None:
+        """Tell losses that balance classes how many training images each has that is compared.
+
+        Raises:
+            DistillError: Nobody knows.
+        """
+        asked = [t for t in self.terms.values() if t.declared.balances]
+        found: Sequence[int] | None = None
+        for term in asked:
+            loss = cast(Extras, term.loss)
+            if loss.counts is None:
+                if found is None:
+                    found = None if self.host.counts is None else self.host.counts()
+                if found is None:
+                    raise DistillError(
+                        f'term {term.name!r}: {type(term.loss).__name__} balances classes by their number of training '
+                        'images, which this data set does not tell; write them in the order of the classes: '
+                        f"loss=dict(type='{type(term.loss).__name__}', counts=[500, 20, ...])."
+                    )
+                loss.counts = found
+            classes = self.matching.classes_of(term)
+            if classes is not None and len(loss.counts) > max(classes[0]):
+                loss.counts = [loss.counts[i] for i in classes[0]]
+            term.declared = replace(term.declared, balances=False)
 
     def _check_pseudo(self, batch: Batch) -> None:
         """Refuse pseudo-labels where teachers detect nothing, or where boxes are not all that labels teach."""

@@ -27,10 +27,11 @@ def balanced_kl_div(
               \quad \hat p_{nc} = \frac{w_c \, p^t_{nc}}{\sum_k w_k \, p^t_{nk}},
               \quad w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}
 
-    Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning" (arXiv 2104.10510), section 3, with the weights of Cui et al., "Class-Balanced Loss Based on Effective Number of Samples" (CVPR
-    2019, arXiv 1901.05555): the inverse of the effective number of images. What the weights are scaled by cancels out.
-    It is 0 where the student agrees with the *balanced* teacher; equal logits give 0 only for equal counts. The
-    paper's cross-entropy is used less the entropy of its target, which has no gradient.
+    Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning" (arXiv 2104.10510), section 3, with the
+    weights of Cui et al., "Class-Balanced Loss Based on Effective Number of Samples" (CVPR 2019, arXiv 1901.05555):
+    the inverse of the effective number of images. What the weights are scaled by cancels out. It is 0 where the
+    student agrees with the *balanced* teacher; equal logits give 0 only for equal counts. The paper's cross-entropy
+    is used less the entropy of its target, which has no gradient.
 
     Reduction: sum over the classes, mean over the images N.
 
@@ -82,6 +83,12 @@ def _check(temperature: float, beta: float) -> None:
         raise DistillError(f'beta must be below 1, got {beta!r}: 0.9999 is usual, 0 balances nothing.')
 
 
+def _whole(counts: Any) -> bool:
+    if not isinstance(counts, Sequence) or isinstance(counts, str) or not counts:
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
+
+
 class BalancedKLDivLoss(DistillLoss):
     """Module form of `balanced_kl_div`, which see. Consumes ``(..., C)`` logits of classes that exclude each other.
 
@@ -94,32 +101,24 @@ class BalancedKLDivLoss(DistillLoss):
     consumes = 'logits'
     activation = 'softmax'
 
-    def __init__(
-        self, temperature: float = 2.0, beta: float = 0.9999, counts: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, temperature: float = 2.0, beta: float = 0.9999, counts: Sequence[int] | None = None) -> None:
         super().__init__()
         _check(temperature, beta)
-        whole = counts is None or all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
-        if not whole:
+        if counts is not None and not _whole(counts):
             raise DistillError(f'counts must be whole numbers >= 0, one per class, or None, got {counts!r}.')
         self.temperature = temperature
         self.beta = beta
         self.counts = None if counts is None else list(counts)
-        self._log_weights: Tensor | None = None
-
-    @property
-    def needs_counts(self) -> bool:
-        """Whether the engine is to say how many training images each class has."""
-        return self.counts is None
+        self._known: tuple[Sequence[int], Tensor] | None = None
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.counts is None:
             raise DistillError('BalancedKLDivLoss does not know the number of images of each class; give counts=[...].')
-        if self._log_weights is None or self._log_weights.device != student.device:
+        if self._known is None or self._known[0] is not self.counts or self._known[1].device != student.device:
             # Moved once: a copy from the CPU makes the host wait for the GPU.
-            self._log_weights = balancing(self.counts, self.beta).to(student.device)
-        _check(self.temperature, self.beta)
-        return _balanced(student, teacher, self._log_weights, self.temperature)
+            self._known = self.counts, balancing(self.counts, self.beta).to(student.device)
+        check_positive(temperature=self.temperature)
+        return _balanced(student, teacher, self._known[1], self.temperature)
 
     def extra_repr(self) -> str:
         return describe(temperature=self.temperature, beta=self.beta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -31,6 +32,8 @@ class DistillLoss(nn.Module):
         any_grid: Whether the grids of two features may differ.
         images: How many images a batch must have for the loss to say anything: more than one where it compares the
             images of a batch with each other.
+        counts: Of losses that balance classes: the number of training images of each class that is compared. None
+            asks the engine for them, which sets it before the run.
     """
 
     consumes: ClassVar[str] = 'features'
@@ -57,6 +60,7 @@ class Declaration:
         images: Two where the loss does not say: a check on one image would tell it wrong.
         built_per_level: Whether ``for_channels`` makes a loss of its own for every level.
         stands_for_another: Whether ``for_predictions`` returns the loss that is meant.
+        balances: Whether it has ``counts``.
         takes_predictions: Whether it has a ``from_predictions(student, teacher)`` for whole detection heads.
     """
 
@@ -69,12 +73,14 @@ class Declaration:
     built_per_level: bool = False
     takes_predictions: bool = False
     stands_for_another: bool = False
+    balances: bool = False
 
 
 class Extras(Protocol):
     """What a loss may have beyond ``forward``: for type checkers, where it is known that it has it."""
 
     temperature: float
+    counts: Sequence[int] | None
 
     def for_channels(self, channels: int) -> nn.Module: ...
 
@@ -99,6 +105,7 @@ def declaration_of(loss: nn.Module) -> Declaration:
         **names,
         built_per_level=own not in (None, DistillLoss.for_channels),
         takes_predictions=hasattr(loss, 'from_predictions'),
+        balances=hasattr(loss, 'counts'),
         stands_for_another=getattr(type(loss), 'for_predictions', None) not in (None, DistillLoss.for_predictions),
     )
     if found.activation not in ACTIVATIONS:

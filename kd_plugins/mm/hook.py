@@ -37,7 +37,7 @@ from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
 from kd_plugins.mm.ending import main_metric, write_student
 from kd_plugins.mm.example import example_batch
-from kd_plugins.mm.host import MMHost, find_in_registries, position_of, unit_of
+from kd_plugins.mm.host import MMHost, find_in_registries, image_counts, position_of, unit_of
 from kd_plugins.mm.inputs import student_format
 from kd_plugins.mm.pseudo import refuse_unlabelled, with_labels
 from kd_plugins.mm.resume import STATE, forget
@@ -166,6 +166,7 @@ class DistillHook(Hook):
         terms = build_terms(options.terms, resolver_of(options.imports, find_in_registries))
         example = example_batch(runner, model, images_of(terms.values()))
         dataset = getattr(runner.train_loop.dataloader, 'dataset', None)
+        host.counts = lambda: image_counts(dataset, num_classes(model) or 0)
         pixels = student_format(model, pipelines(dataset), example[0], pixel_format)
         teachers, notes = load_teachers(options.teachers, model, host, replace(pixels, size=host.task.size(model)))
         self.session = open_session(model, teachers, options, host, find_in_registries)

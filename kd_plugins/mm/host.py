@@ -46,6 +46,29 @@ class MMHost(Host):
         return f"nothing called {own.__name__} with mode='loss', where the hook adds its losses"
 
 
+def image_counts(dataset: Any, classes: int) -> list[int] | None:
+    """Number of images of each class in a data set of MMEngine's protocol, wrapped ones included.
+
+    Args:
+        dataset: It.
+        classes: How many classes there are.
+
+    Returns:
+        One number per class; None where its items tell no class of the whole image.
+    """
+    counts = [0] * classes
+    for index in range(len(dataset)):
+        try:
+            label = dataset.get_data_info(index)['gt_label']
+        except (AttributeError, KeyError, TypeError):
+            return None
+        for found in label if isinstance(label, (list, tuple)) else [label]:
+            if not 0 <= int(found) < classes:
+                return None
+            counts[int(found)] += 1
+    return counts
+
+
 def find_in_registries(name: str) -> Callable[..., nn.Module] | None:
     """A user's loss or adapter from MMEngine's registries, in the scope of the running config; None if unknown."""
     with MODELS.switch_scope_and_registry(None) as registry:

@@ -202,6 +202,7 @@ class DistillCallback:
         student = getattr(model, 'student_model', model)
         refuse_unsupported(student, 'student')
         host = UltralyticsHost(student)
+        host.counts = lambda: host.task.image_counts(trainer.train_loader.dataset, class_count(student) or 0)
         options, session, notes = self._open(student, host)
         channels = input_channels(student)
         for teacher in session.teachers.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,15 @@ class Task:
         """What a mean over images is multiplied by to be as the task loss: dense losses are sums over the batch."""
         return inputs.shape[0]
 
+    def image_counts(self, dataset: Any, classes: int) -> list[int] | None:
+        """Number of training images of each class, None where images have no class.
+
+        Args:
+            dataset: Of the trainer.
+            classes: How many classes there are.
+        """
+        return None
+
     def trained(self, classes: Any) -> Any:
         """The classes that a run with ``classes=[...]`` trains, None for all."""
         return classes
@@ -50,6 +60,10 @@ class Classification(Task):
         if not isinstance(samples, Mapping):
             return inputs.new_zeros(len(inputs), dtype=torch.long)
         return samples['cls'].to(inputs.device)
+
+    def image_counts(self, dataset: Any, classes: int) -> list[int] | None:
+        found = Counter(int(sample[1]) for sample in dataset.samples)
+        return [found[i] for i in range(classes)]
 
     def scale(self, inputs: Tensor) -> int:
         return 1

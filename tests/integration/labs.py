@@ -32,7 +32,7 @@ def kept(promise: str) -> Callable[[Any], Any]:
         promise: A key of ``KEEPS`` in tests/integration/cases.
     """
     found = [
-        pytest.param(name, case, id=f'{name}: {key}')
+        pytest.param(name, case, id=f'{name}: {key}', marks=pytest.mark.long if case.long else ())
         for name, keeps in KEEPS.items()
         for key, case in keeps.get(promise, {}).items()
     ]

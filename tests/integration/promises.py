@@ -46,6 +46,7 @@ class Case:
         recompute: Options of the plain run with which activations are recomputed; none: the network does so itself.
         inside: Path of a module that is then run twice.
         normed: How many maps adapters keep statistics of.
+        long: Whether its tests are of `make test-long`: another case shows nearly the same.
     """
 
     family: str
@@ -62,6 +63,7 @@ class Case:
     recompute: Mapping[str, Any] = field(default_factory=dict)
     inside: str = ''
     normed: int = 0
+    long: bool = False
 
     def but(self, **changes: Any) -> Case:
         """The same case with other options: mappings are updated, but for ``terms``; all else is replaced."""

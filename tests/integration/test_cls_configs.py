@@ -173,6 +173,7 @@ def test_recipe_trains_one_step(path, run_folder, weights):
         assert any(n.startswith('kd_adapters') and g.abs().sum() > 0 for n, g in watch.gradients.items())
 
 
+@pytest.mark.long
 def test_two_stages(run_folder, weights):
     """The first trains everything but the classifier, and not on labels; the second starts from it."""
     first, second = (CONFIGS / 'cls' / f'resnet50_stage{i}_deit_base_imagenet.py' for i in (1, 2))

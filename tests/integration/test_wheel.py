@@ -126,8 +126,8 @@ assert not yolo_kd(['train', 'model=yolo11n-small.yaml', 'data=data/digits/digit
 @pytest.mark.parametrize(
     'words',
     [
-        ('det', 'digits_yolox_teacher', 'digits_yolox_student', 'yolo_logit'),
-        ('seg', 'digits_fpn_teacher', 'digits_fpn_student', 'cwd'),
+        pytest.param(('det', 'digits_yolox_teacher', 'digits_yolox_student', 'yolo_logit'), marks=pytest.mark.long),
+        pytest.param(('seg', 'digits_fpn_teacher', 'digits_fpn_student', 'cwd'), marks=pytest.mark.long),
         ('cls', 'digits_resnet_teacher', 'digits_resnet_student', 'kl'),
     ],
     ids=['mmdet', 'mmseg', 'timm'],

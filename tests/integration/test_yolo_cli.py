@@ -112,7 +112,7 @@ def test_the_command_is_installed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('form', ['yolo-kd', 'environment'])
+@pytest.mark.parametrize('form', [pytest.param('yolo-kd', marks=pytest.mark.long), 'environment'])
 def test_two_processes(tmp_path, monkeypatch, form):
     """Ultralytics' worker script gets the callback from the defaults; it starts in another folder."""
     pytest.importorskip('cloudpickle')

@@ -37,8 +37,8 @@ def distil(student, file, data, tmp_path, **options):
     return results(train(model, data, tmp_path, batch=2, val=False, **run))
 
 
+# student, teacher, task of the data, box loss that fits, sides
 PAIRS = [
-    # student, teacher, task of the data, box loss that fits, sides
     ('yolo11n.yaml', 'yolov8n.yaml', 'detect', 'LocalizationDistillLoss', {}),
     ('yolov8n.yaml', 'yolo11s.yaml', 'detect', 'LocalizationDistillLoss', {}),
     ('yolo26n.yaml', 'yolov8n.yaml', 'detect', 'BoxIoULoss', {}),
@@ -61,7 +61,27 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize('student, teacher, task, box, run', PAIRS, ids=[f'{t[:-5]}->{s[:-5]}' for s, t, *_ in PAIRS])
+#: One of each kind; the others are of `make test-long`.
+QUICK = {
+    ('yolo11n.yaml', 'yolov8n.yaml'),
+    ('yolo26n.yaml', 'yolov8n.yaml'),
+    ('yolov8n.yaml', 'yolo26n.yaml'),
+    ('yolov8n-p2.yaml', 'yolov8n.yaml'),
+    ('yolov8n.yaml', 'yolov8n-p6.yaml'),
+    ('yolo11n-seg.yaml', 'yolo11n.yaml'),
+    ('yolo26n-seg.yaml', 'yolo26n-seg.yaml'),
+    ('yolo11n-pose.yaml', 'yolo26n-pose.yaml'),
+    ('yolo11n-obb.yaml', 'yolov8n-obb.yaml'),
+}
+
+
+@pytest.mark.parametrize(
+    'student, teacher, task, box, run',
+    [
+        pytest.param(*pair, id=f'{pair[1][:-5]}->{pair[0][:-5]}', marks=() if pair[:2] in QUICK else pytest.mark.long)
+        for pair in PAIRS
+    ],
+)
 def test_pairs(data, tmp_path, caplog, student, teacher, task, box, run):
     file = save_teacher(tmp_path / 'teacher.pt', teacher, seed=4)
     found = distil(student, file, data(task), tmp_path, **run)

@@ -328,6 +328,7 @@ def test_in_proportion_is_not_reported(distilled, data, tmp_path, caplog):
     assert 'of the task loss' not in logged(caplog) and 'times the task loss' not in logged(caplog)
 
 
+@pytest.mark.long  # test_unmodified_yolo sees the same from the command line
 def test_merely_installed_changes_nothing(data, tmp_path):
     """Importing our package leaves a plain run as it is."""
     code = f"""

@@ -11,8 +11,8 @@ _DEFAULT = Case('yolo11n.yaml', dict(cls=1.0, box=1.0))
 _TRAINED = _DEFAULT.but(terms=dict(neck=NECK), trained=('neck',), teacher=dict(family='small'))
 CASES = {
     'yolo11n': _DEFAULT.but(options=_TWO),
-    'yolo26n': _DEFAULT.but(family='yolo26n.yaml', options=_TWO),
-    'yolo11n, adapters': _TRAINED.but(options=_TWO),
+    'yolo26n': _DEFAULT.but(family='yolo26n.yaml', options=_TWO, long=True),
+    'yolo11n, adapters': _TRAINED.but(options=_TWO, long=True),
     'yolo26n, adapters': _TRAINED.but(family='yolo26n.yaml', options=_TWO),
 }
 #: ``{promise: {name: case}}``; the tests are in test_promises.py, test_options.py and test_scripts.py.

@@ -15,6 +15,7 @@ from kd_plugins.errors import DistillError
 from kd_plugins.losses import (
     AttentionTransferLoss,
     AutoBoxLoss,
+    BalancedKLDivLoss,
     BinaryKLDivLoss,
     BoxIoULoss,
     BoxL1Loss,
@@ -146,6 +147,8 @@ CASES = {
     'kl-T1': (KLDivLoss(temperature=1.0), logits),
     'kl-teacher-T': (KLDivLoss(temperature=2.0, teacher_temperature=4.0), logits),
     'kl-standardize': (KLDivLoss(temperature=2.0, standardize=True), logits),
+    'balanced': (BalancedKLDivLoss(counts=[500, 200, 80, 20, 3]), logits),
+    'balanced-equal': (BalancedKLDivLoss(temperature=1.0, counts=[7] * 5), logits),
     'binary': (BinaryKLDivLoss(), logits),
     'binary-foreground': (BinaryKLDivLoss(temperature=2.0, foreground=True), logits),
     'mse': (FeatureMSELoss(), features),
@@ -198,7 +201,7 @@ def every_loss_but(*names):
 every_loss = every_loss_but()
 # Cross-entropies; least for another student than an equal one, as with a temperature of the teacher's own.
 OFA = ('ofa', 'ofa-soft', 'ofa-author')
-every_divergence = every_loss_but('hard', 'kl-teacher-T', *OFA)
+every_divergence = every_loss_but('hard', 'kl-teacher-T', 'balanced', *OFA)
 # Equal for a student that is turned, mirrored or enlarged, and for any embedding size; they couple the images.
 RELATIONS = ('relation', 'relation-distance')
 
@@ -347,6 +350,7 @@ BAD = [
         (cls, 'temperature', v)
         for cls in (
             KLDivLoss,
+            BalancedKLDivLoss,
             BinaryKLDivLoss,
             ChannelWiseDivLoss,
             DISTLoss,
@@ -366,6 +370,8 @@ BAD = [
     ],
     *[(DKDLoss, name, v) for name in ('alpha', 'beta') for v in NUMBERS],
     *[(DISTLoss, name, v) for name in ('beta', 'gamma') for v in NUMBERS],
+    *[(BalancedKLDivLoss, 'beta', v) for v in (1, 1.5, *NUMBERS)],
+    *[(BalancedKLDivLoss, 'counts', v) for v in (5, 'many', [], [1, -1], [1, 2.5], [True, 1])],
     *[(OFALoss, 'gamma', v) for v in (0, *NUMBERS)],
     *[(OFALoss, 'form', v) for v in ('code', 'Paper', None)],
     *[(YOLOLogitLoss, 'foreground', v) for v in ('cls', 1, None)],
