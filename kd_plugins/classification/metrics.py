@@ -49,6 +49,8 @@ class Accuracy(BaseMetric):
 
     Args:
         topk: One k or several.
+        per_class: Add top-1 of each class, ``accuracy/class_<name>``, and their mean ``accuracy/mean_class``, in which
+            rare classes do not drown; of the classes that any image has.
         **options: Of MMEngine's ``BaseMetric``: ``prefix``, ``collect_device``, ``collect_dir``.
 
     Raises:
@@ -58,13 +60,15 @@ class Accuracy(BaseMetric):
 
     default_prefix = 'accuracy'
 
-    def __init__(self, topk: int | Sequence[int] = (1, 5), **options: Any) -> None:
-        check_keys(options, ['topk', *_BASE], 'Accuracy')
+    def __init__(self, topk: int | Sequence[int] = (1, 5), per_class: bool = False, **options: Any) -> None:
+        check_keys(options, ['topk', 'per_class', *_BASE], 'Accuracy')
         super().__init__(**options)
         ks = topk if isinstance(topk, (tuple, list)) else [topk]
         if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
             raise DistillError(f'Accuracy: topk must be whole numbers >= 1, such as (1, 5), got {topk!r}.')
-        self.topk = tuple(sorted(set(ks)))
+        if not isinstance(per_class, bool):
+            raise DistillError(f'Accuracy: per_class must be True or False, got {per_class!r}.')
+        self.topk, self.per_class = tuple(sorted(set(ks))), per_class
 
     @property
     def dataset_meta(self) -> Mapping[str, Any] | None:
@@ -96,6 +100,8 @@ class Accuracy(BaseMetric):
         ranks = {'pred_score': self._ranks(data_samples, labels, 'pred_score', self.topk[-1])}
         for key in _HEADS.keys() & data_samples[0].keys():
             ranks[key] = self._ranks(data_samples, labels, key, 1)
+        if self.per_class:
+            ranks['gt_label'] = labels.tolist()
         self.results.extend(dict(zip(ranks, values, strict=True)) for values in zip(*ranks.values(), strict=True))
 
     def _ranks(self, samples: Sequence[Mapping[str, Any]], labels: Tensor, key: str, depth: int) -> list[int]:
@@ -119,6 +125,14 @@ class Accuracy(BaseMetric):
         for key, ending in _HEADS.items():
             if key in results[0]:
                 metrics[f'top1{ending}'] = 100 * float(np.mean([r[key] == 0 for r in results]))
+        if self.per_class:
+            labels = np.array([r['gt_label'] for r in results])
+            names = (self.dataset_meta or {}).get('classes')
+            each = {
+                f'class_{label if names is None else names[label]}': 100 * float((ranks[labels == label] < 1).mean())
+                for label in np.unique(labels)
+            }
+            metrics |= {'mean_class': float(np.mean(list(each.values()))), **each}
         return metrics
 
 

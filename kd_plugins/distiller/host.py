@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_plugins.distiller.taps import Tap
+from kd_plugins.distiller.taps import Tap, find_module
 
 
 class Host:
@@ -29,6 +29,14 @@ class Host:
             DistillError: The student has no such thing.
         """
         return tap
+
+    def part(self, student: nn.Module, name: str) -> list[nn.Module]:
+        """The modules of a part of the student: ``backbone``, ``neck``, ``head``, or what a path names.
+
+        Raises:
+            DistillError: It has no such part.
+        """
+        return [find_module(student, name, 'student')]
 
     def head(self, student: nn.Module) -> str:
         """Path of the module whose output is what the student predicts, ``''`` when it has none."""

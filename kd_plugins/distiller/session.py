@@ -24,7 +24,8 @@ from kd_plugins.distiller.optimizer import AdapterOptimizer, Clip
 from kd_plugins.distiller.parts import Parts, trainable
 from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Constant, Position, Window, ended
-from kd_plugins.distiller.summary import Row
+from kd_plugins.distiller.stages import Freezer, Stage, check_stages, parameters_of, rest_of
+from kd_plugins.distiller.summary import Row, schedule_text
 from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.temperature import LearnedTemperature, Observing
 from kd_plugins.distiller.terms import Resolver, Term
@@ -62,6 +63,7 @@ class Session(Apart):
             on. None: both as they are.
         resolve: Finds adapters that are not ours.
         pseudo: Which detections of the teachers the host adds to the labels, see :meth:`pseudo_labels`; None: none.
+        stages: Parts of the run, one after the other, with terms, frozen parts and a balance of their own.
 
     Attributes:
         bank: The trainable adapters, in no module tree; empty for parameter-free terms.
@@ -87,11 +89,13 @@ class Session(Apart):
         alpha: float | None = None,
         resolve: Resolver | None = None,
         pseudo: Detector | None = None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         self.student, self.terms = student, terms
         self.host = Host() if host is None else host
         self.teachers: dict[str, Teacher] = dict(teachers) if isinstance(teachers, Mapping) else {'': teachers}
-        self.window, self.alpha, self.pseudo = Window() if window is None else window, alpha, pseudo
+        self.window, self._alpha, self.pseudo = Window() if window is None else window, alpha, pseudo
+        self.stages, self.freezer = tuple(stages), Freezer(student)
         self.position = Position()
         self.balance = Balance()
         self.history = History()
@@ -100,10 +104,11 @@ class Session(Apart):
         self.notes: list[str] = []
         self.optimizer: AdapterOptimizer | None = None
         self.follows: Optimizer | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._captures: dict[tuple[str, ...], Capture] = {}
         self._taught: dict[str, Capture] | None = None
         self._asked, self._missed, self._checked, self._began = 0, 0, False, False
+        self._stage: int | None = None
         for term in terms.values():
             try:
                 self._find_places(term)
@@ -111,6 +116,9 @@ class Session(Apart):
                 raise DistillError(f'term {term.name!r}: {error}') from error
         self.matching = Matching(student, self.teachers, {}, self.host.head(student))
         self.set_classes(classes)
+        check_stages(self.stages, self.terms)
+        self._frozen = [self._find_frozen(i, stage) for i, stage in enumerate(self.stages)]
+        self._frozen_by = {n: self._modules_of(t.freeze, f'term {n!r}: freeze') for n, t in terms.items() if t.freeze}
 
     def _find_places(self, term: Term) -> None:
         """Find the teachers and the modules that a term names."""
@@ -128,6 +136,44 @@ class Session(Apart):
                 raise DistillError(f'there are several teachers; say which one: teacher={names}.')
             raise DistillError(f'there is no teacher {owner!r}: {nearest(owner, [n for n in self.teachers if n])}')
         return replace(self.teachers[owner].tap(tap), owner=owner)
+
+    def _find_frozen(self, index: int, stage: Stage) -> list[nn.Module]:
+        """What does not train in a stage."""
+        where = f'stages[{index}]: {"train" if stage.train else "freeze"}'
+        found = self._modules_of(stage.train or stage.freeze, where)
+        return rest_of(self.student, found) if stage.train else found
+
+    def _modules_of(self, names: Sequence[str], where: str) -> list[nn.Module]:
+        found = []
+        for name in names:
+            try:
+                found += self.host.part(self.student, name)
+            except DistillError as error:
+                raise DistillError(f'{where}: {error}') from error
+        return found
+
+    def _refuse_unreachable(self, capture: Capture) -> None:
+        """Refuse that all is frozen that a term would teach; on outputs whose graph is there.
+
+        Raises:
+            DistillError: A term teaches nothing in a stage.
+        """
+        for i in range(max(len(self.stages), 1)):
+            stage = self.stages[i] if self.stages else Stage()
+            for term in self.terms.values():
+                frozen = [*(self._frozen[i] if self.stages else ()), *self._frozen_by.get(term.name, ())]
+                if not frozen or term.always_zero or (stage.terms is not None and term.name not in stage.terms):
+                    continue
+                still = {id(p) for p in parameters_of(frozen)}
+                left = [p for p in self.student.parameters() if p.requires_grad and id(p) not in still]
+                outputs = [t.float().sum() for t in capture.maps(term.student) if t.requires_grad]
+                reached = outputs and left and torch.autograd.grad(outputs, left, allow_unused=True, retain_graph=True)
+                if not any(g is not None for g in reached or ()):
+                    where = f'in stages[{i}]' if self.stages else 'with what it freezes'
+                    raise DistillError(
+                        f'term {term.name!r} teaches nothing {where}: all is frozen that leads to the student tap '
+                        f'{str(term.student)!r}; leave a part of it to train, or take the term out of there.'
+                    )
 
     @property
     def teacher(self) -> Teacher:
@@ -178,12 +224,40 @@ class Session(Apart):
         return bool(self.live)
 
     @property
+    def _freezes(self) -> bool:
+        return any(self._frozen) or bool(self._frozen_by)
+
+    @property
+    def stage(self) -> int | None:
+        """The stage at the current position, counted from 0; None in a run without."""
+        now = self.position.unit
+        ends = [stage.ends(self.position) for stage in self.stages]
+        return next((i for i, end in enumerate(ends) if end is None or now < end), None)
+
+    @property
+    def alpha(self) -> float | None:
+        """The balance at the current position, see `Session`."""
+        stage = self.stage
+        own = None if stage is None else self.stages[stage].alpha
+        return self._alpha if own is None else own
+
+    @alpha.setter
+    def alpha(self, value: float | None) -> None:
+        self._alpha = value
+
+    def schedule(self, unit: str, total: int) -> str:
+        """When KD is on, in words; ``total`` is the length of the run in units."""
+        return schedule_text(self.window, unit, total, self._alpha, self.stages)
+
+    @property
     def live(self) -> list[Term]:
         """The terms that are on at the current position."""
-        now = self.position.unit
+        now, stage = self.position.unit, self.stage
         if not self.window(now) or self.alpha == 0:
             return []
-        return [t for t in self.terms.values() if t.window(now) and self.weight(t) > 0]
+        names = None if stage is None else self.stages[stage].terms
+        found = [t for t in self.terms.values() if names is None or t.name in names]
+        return [t for t in found if t.window(now) and self.weight(t) > 0]
 
     def teaches(self, module: str) -> bool:
         """Whether a student module is tapped by a term that is on at the current position."""
@@ -241,6 +315,13 @@ class Session(Apart):
                 raise DistillError(
                     f'{where}start={window.start} is not before {what} ({end} {unit}s): KD would never run.'
                 )
+        for i, stage in enumerate(self.stages):
+            begins = stage.ends(position)
+            if begins is not None and total is not None and begins >= total:
+                raise DistillError(
+                    f'stages[{i}].until={stage.until} is not before the end of the run ({total} {unit}s), so the next '
+                    'stage would never begin; write a fraction of the run, e.g. until=0.5, or leave it out.'
+                )
         for term in self.terms.values():
             try:
                 self.weight(term)
@@ -248,7 +329,8 @@ class Session(Apart):
                     term.temperature(position)
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
-            if term.ratio is not None and self.alpha == 1:
+            alphas = {self._alpha if s.alpha is None else s.alpha for s in self.stages} or {self._alpha}
+            if term.ratio is not None and 1 in alphas:
                 raise DistillError(
                     f"term {term.name!r}: weight='auto' holds KD at a share of the student's own loss, which alpha=1 "
                     'leaves out; write a number, or another alpha.'
@@ -258,6 +340,10 @@ class Session(Apart):
         """Whether a term will not be on again."""
         stops = [w.stop for w in (self.window, term.window) if w.stop is not None]
         if any(self.position.unit >= stop for stop in stops):
+            return True
+        stage = self.stage
+        coming = [] if stage is None else self.stages[stage:]
+        if coming and all(s.terms is not None and term.name not in s.terms for s in coming):
             return True
         # A weight of 0 throughout is a plain run that somebody compares with, and ends when that does.
         return not term.always_zero and ended(term.weight, self.position)
@@ -281,7 +367,7 @@ class Session(Apart):
         """A training iteration begins; the one before must have asked for :meth:`losses` if KD was on.
 
         Returns:
-            A sentence for the log when teachers were released, because their last window is over.
+            A sentence for the log when a stage begins, or teachers were released, because their last window is over.
 
         Raises:
             DistillError: KD was on in several iterations, and the losses were never asked for.
@@ -298,7 +384,16 @@ class Session(Apart):
         begins = position.unit != self.position.unit or not self._began
         self.position, self._began = position, True
         self._missed += self.active
-        return self._release() if begins else None
+        stage = self.stage
+        if self._freezes:
+            parts = [m for t in self.live for m in self._frozen_by.get(t.name, ())]
+            self.freezer.freeze([*(self._frozen[stage] if stage is not None else ()), *parts])
+            self.freezer.begin_iteration()
+        said = self._release() if begins else None
+        changed, self._stage = stage != self._stage, stage
+        if not changed or stage is None:
+            return said
+        return ' '.join(filter(None, [f'Stage {stage + 1} of {len(self.stages)}: {self.stages[stage]}.', said]))
 
     @property
     def asked(self) -> int:
@@ -358,6 +453,8 @@ class Session(Apart):
             with torch.enable_grad(), capture, self._running('student', self.student, inputs):
                 capture.image_size = image_size_of(inputs)
                 self.host.run(self.student, inputs, samples, tuple(capture.modules))
+            if any(self._frozen) or self._frozen_by:
+                self._refuse_unreachable(capture)
         finally:
             for module, training in modes:
                 module.training = training
@@ -799,16 +896,19 @@ class Session(Apart):
         self.detach()
         if self.trainable:
             self.optimizer = AdapterOptimizer(self.bank, optimizer, clip=clip, scaler=scaler)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        if self._freezes:
+            self._handles.append(optimizer.register_step_pre_hook(torch.compiler.disable(self.freezer.before_step)))
         self.follows = optimizer
 
     def detach(self) -> None:
         """Leave the student's optimizer as it was found."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if self.optimizer is not None:
             self.optimizer.close()
-        self._handle = self.optimizer = self.follows = None
+        self.freezer.release()
+        self._handles, self.optimizer, self.follows = [], None, None
 
     def _after_step(self, *step: Any) -> None:
         for teacher in self.teachers.values():

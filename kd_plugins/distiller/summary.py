@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kd_plugins.distiller.protocol import Teacher
 from kd_plugins.distiller.schedules import Window
+from kd_plugins.distiller.stages import Stage
 from kd_plugins.predictions import Classes
 
 #: No line is longer, but for a word that is.
@@ -162,8 +163,11 @@ def classes_text(
     return f'the same {len(student)} classes'
 
 
-def schedule_text(window: Window, unit: str, total: int, alpha: float | None = None) -> str:
+def schedule_text(
+    window: Window, unit: str, total: int, alpha: float | None = None, stages: Sequence[Stage] = ()
+) -> str:
     """When KD is on, in words."""
     last = f'up to {unit} {window.stop}' if window.stop is not None else 'to the end'
     balance = '' if alpha is None else f", {alpha:g} x distillation + {1 - alpha:g} x the student's own loss"
-    return f'from {unit} {window.start} {last} (of {total}){balance}'
+    parts = '; '.join(f'({i}) {stage}' for i, stage in enumerate(stages, 1))
+    return f'from {unit} {window.start} {last} (of {total}){balance}' + (f'; stages: {parts}' if parts else '')

@@ -15,6 +15,7 @@ import kd_plugins.losses as losses
 from kd_plugins.distiller.combining import Combination, build_combination
 from kd_plugins.distiller.ratio import Ratio, build_weight
 from kd_plugins.distiller.schedules import Constant, Schedule, Window, build_window, is_zero
+from kd_plugins.distiller.stages import names_in
 from kd_plugins.distiller.taps import Tap
 from kd_plugins.distiller.temperature import build_temperature
 from kd_plugins.distiller.weighting import Weighting, build_weighting
@@ -35,6 +36,7 @@ TERM_KEYS = (
     'stop',
     'samples',
     'combine',
+    'freeze',
 )
 AUTO_OPTIONS = ('norm', 'prefix_tokens')
 #: Finds what builds a module, by name; None where the name is unknown.
@@ -99,6 +101,7 @@ class Term:
         ratio: What finds the weight in the run, which is then multiplied by the schedule; None: the schedule is all.
         others: Taps in the teachers besides the first.
         combine: What is made of several teachers; None where there is one.
+        freeze: Parts of the student that do not train while it is on, see `kd_plugins.distiller.stages.Stage`.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Term:
     ratio: Ratio | None = None
     others: tuple[Tap, ...] = ()
     combine: Combination | None = None
+    freeze: tuple[str, ...] = ()
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -378,6 +382,7 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
         ratio=ratio,
         others=taps[1:],
         combine=combine,
+        freeze=names_in(cfg.get('freeze'), f'{where}: freeze') or (),
     )
 
 

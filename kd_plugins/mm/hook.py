@@ -31,7 +31,6 @@ from kd_plugins.distiller import (
 from kd_plugins.distiller.balance import PERIOD
 from kd_plugins.distiller.ending import Ending, Validations, numbers_of, share_of, shorter, write_text
 from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
-from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.mm.data import class_names, pipelines
 from kd_plugins.mm.distilled import DistillMixin
@@ -95,6 +94,8 @@ class DistillHook(Hook):
             None: the model's own losses stay as they are, and the terms' weights say it all.
         class_map: ``{student name: teacher name}`` where classes have other names.
         imports: Modules of your own losses, forms, schedules and the like.
+        stages: Parts of the run, one after the other, each with terms, frozen parts and a balance of its own:
+            ``[dict(until=0.3, terms=['neck'], freeze=['head'], alpha=1), dict()]``.
         pseudo_labels: Lowest score, or ``dict(score=0.4, iou=0.7, nms=0.65)``, of what the teacher detects to become a
             label where there is none, while KD is on. None: labels stay as they are.
         score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
@@ -197,7 +198,7 @@ class DistillHook(Hook):
             student=type(model).__name__,
             student_parameters=sum(p.numel() for p in model.parameters()),
             classes=classes,
-            schedule=schedule_text(self.session.window, unit, total, self.session.alpha),
+            schedule=self.session.schedule(unit, total),
             notes=[*notes, *self.session.notes],
             scores=scores,
         )

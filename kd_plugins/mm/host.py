@@ -10,9 +10,14 @@ from mmengine.registry import MODELS
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
+from kd_plugins.classification.weights import classifier_modules
 from kd_plugins.distiller import Host, Position, Tap
+from kd_plugins.distiller.stages import rest_of
 from kd_plugins.mm.forward import openmmlab_tap, run_modules
-from kd_plugins.mm.task import task_of
+from kd_plugins.mm.task import CLASSIFICATION, task_of
+
+#: Parts of a model that are no head.
+BODY = ('backbone', 'neck', 'data_preprocessor')
 
 
 class MMHost(Host):
@@ -23,6 +28,16 @@ class MMHost(Host):
 
     def tap(self, student: nn.Module, tap: Tap) -> Tap:
         return openmmlab_tap(student, tap, 'student')
+
+    def part(self, student: nn.Module, name: str) -> list[nn.Module]:
+        if name in student._modules or name not in ('backbone', 'head'):
+            return super().part(student, name)
+        if self.task is CLASSIFICATION:
+            heads = classifier_modules(student.get_submodule('net'))
+            return heads if name == 'head' else rest_of(student.get_submodule('net'), heads)
+        if name == 'backbone':
+            return super().part(student, name)
+        return [m for n, m in student._modules.items() if m is not None and n not in BODY]
 
     def head(self, student: nn.Module) -> str:
         return openmmlab_tap(student, Tap(self.task.head), 'student').module if self.task.head else ''

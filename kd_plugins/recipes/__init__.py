@@ -1,8 +1,8 @@
 """Recipes: one published method a file, as data, the same for MMEngine and Ultralytics.
 
 A recipe is what stands beside ``teacher`` in a distillation: ``terms`` and, where the method says so, ``alpha``,
-``start`` and ``stop``. Where a method is used on some kinds of models only, or on each in its own way, these stand
-below the name of the task:
+``start``, ``stop`` and ``stages``. Where a method is used on some kinds of models only, or on each in its own way,
+these stand below the name of the task:
 
 .. code-block:: yaml
 
@@ -30,7 +30,7 @@ from kd_plugins.errors import DistillError, check_keys, nearest
 
 FOLDER = Path(__file__).parent
 TASKS = ('detection', 'segmentation', 'classification')
-KEYS = ('terms', 'alpha', 'start', 'stop', 'pseudo_labels')
+KEYS = ('terms', 'alpha', 'start', 'stop', 'pseudo_labels', 'stages')
 YAML_SUFFIXES = ('.yaml', '.yml')
 SUFFIXES = (*YAML_SUFFIXES, '.py')
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from kd_plugins.distiller import Host, Session, Teacher, Window, build_terms, build_window
 from kd_plugins.distiller.scoring import UNNAMED, Scorer, TeacherScore, check_score_teacher, score_teachers
+from kd_plugins.distiller.stages import Stage, build_stages
 from kd_plugins.distiller.summary import ASSUMED, classes_text
 from kd_plugins.distiller.terms import Lookup, Resolver, loss_parameters, resolver_of
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
@@ -21,7 +22,7 @@ from kd_plugins.teachers.sources import build_source, find_source
 
 #: What a run is told, whatever the zoo.
 KEYS: tuple[str, ...] = ('teacher', 'teachers', 'terms', 'recipe', 'options', 'start', 'stop', 'alpha')
-KEYS += ('class_map', 'imports', 'pseudo_labels', 'score_teacher')
+KEYS += ('class_map', 'imports', 'pseudo_labels', 'score_teacher', 'stages')
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class RunOptions:
         pseudo_labels: Which detections of the teachers become labels; None: none.
         score_teacher: Validation images that the teachers are scored on before the first iteration, True for 32, False
             for none. None: as many as cost little.
+        stages: Parts of the run, see `kd_plugins.distiller.stages.Stage`.
     """
 
     teachers: Mapping[str, Any]
@@ -49,6 +51,7 @@ class RunOptions:
     imports: Sequence[str] = ()
     pseudo_labels: PseudoLabels | None = None
     score_teacher: bool | int | None = None
+    stages: Sequence[Stage] = ()
 
     @classmethod
     def read(cls, options: Any, task: str = '', where: str = 'distill', more: Lookup | None = None) -> RunOptions:
@@ -101,6 +104,7 @@ class RunOptions:
             imports=options.get('imports', ()),
             pseudo_labels=PseudoLabels.read(options.get('pseudo_labels')),
             score_teacher=check_score_teacher(options.get('score_teacher')),
+            stages=build_stages(options.get('stages'), check_alpha),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +121,7 @@ class RunOptions:
             'imports': list(self.imports),
             'pseudo_labels': None if self.pseudo_labels is None else self.pseudo_labels.to_dict(),
             'score_teacher': self.score_teacher,
+            'stages': [stage.to_dict() for stage in self.stages] or None,
         }
 
 
@@ -190,6 +195,7 @@ def open_session(
         alpha=options.alpha,
         resolve=resolve,
         pseudo=options.pseudo_labels,
+        stages=options.stages,
     )
 
 

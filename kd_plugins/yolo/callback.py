@@ -25,7 +25,6 @@ from kd_plugins.distiller import (
 from kd_plugins.distiller.ending import write_text
 from kd_plugins.distiller.history import History
 from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
-from kd_plugins.distiller.summary import schedule_text
 from kd_plugins.errors import DistillError, check_keys
 from kd_plugins.extras import how_to_install
 from kd_plugins.predictions import MaskPredictions, readable
@@ -240,7 +239,7 @@ class DistillCallback:
                 student=f'{type(student).__name__} ({trainer.args.model})',
                 student_parameters=sum(p.numel() for p in student.parameters()),
                 classes=classes,
-                schedule=schedule_text(session.window, 'epoch', trainer.epochs, session.alpha),
+                schedule=session.schedule('epoch', trainer.epochs),
                 notes=[*notes, *session.notes, *host.task.notes],
                 scores=scores,
             )

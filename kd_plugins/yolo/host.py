@@ -27,6 +27,11 @@ class UltralyticsHost(Host):
     def tap(self, student: nn.Module, tap: Tap) -> Tap:
         return ultralytics_tap(student, tap, 'student')
 
+    def part(self, student: nn.Module, name: str) -> list[nn.Module]:
+        layers, end = list(student.model), len((getattr(student, 'yaml', None) or {}).get('backbone') or ())
+        parts = {'backbone': layers[:end], 'neck': layers[end:-1], 'head': layers[-1:]}
+        return parts[name] if parts.get(name) else super().part(student, name)
+
     def head(self, student: nn.Module) -> str:
         return head_path(student)
 

@@ -11,6 +11,7 @@ from typing import Any
 from kd_plugins.distiller import resolver_of
 from kd_plugins.distiller.ratio import build_weight
 from kd_plugins.distiller.scoring import check_score_teacher
+from kd_plugins.distiller.stages import build_stages
 from kd_plugins.distiller.temperature import build_temperature
 from kd_plugins.errors import DistillError, check_keys, nearest, shown
 from kd_plugins.teachers.pseudo import PseudoLabels
@@ -106,6 +107,7 @@ class DistillOptions:
         score_teacher: Validation images that the teacher, and the student as it starts, are scored on before the first
             epoch, with the run's own validator; False for none. Default None: 32, but no more than a twentieth of the
             images that the run trains on, and none where that is fewer than 8.
+        stages: Parts of the run, one after the other: ``[{until: 0.3, terms: [neck], freeze: [head]}, {}]``.
         start: First epoch with KD, counted from 0.
         stop: First epoch without it again. None: to the end.
         trusted: Allow the teacher's file to run code while it is loaded.
@@ -138,6 +140,7 @@ class DistillOptions:
     class_map: Mapping[str, str] | None = None
     pseudo_labels: Any = None
     score_teacher: bool | int | None = None
+    stages: Any = None
     start: int = 0
     stop: int | None = None
     trusted: bool = False
@@ -171,6 +174,7 @@ class DistillOptions:
         for name, short in SHORT_LOSSES.items():
             self._check_loss(name, short)
         self._check_classes()
+        build_stages(self.stages, check_alpha)
         if self.options is not None and not isinstance(self.options, Mapping):
             raise DistillError(f'options must be a mapping such as {{weight: 3}}, got {self.options!r}.')
         check_alpha(self.alpha)
@@ -308,6 +312,7 @@ class DistillOptions:
             imports=self.imports,
             pseudo_labels=self.pseudo_labels,
             score_teacher=self.score_teacher,
+            stages=self.stages,
             options=changes or None,
         )
         return RunOptions.read(options, 'classification' if classifier else 'detection', 'the distillation')

@@ -183,6 +183,7 @@ def _in_full(options: DistillOptions, run: RunOptions, session: Session) -> Dist
         stop=run.window.stop,
         alpha=run.alpha,
         pseudo_labels=pseudo,
+        stages=run.to_dict()['stages'],
     )
 
 
