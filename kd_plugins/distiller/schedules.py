@@ -139,6 +139,34 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Reciprocal:
+    """One over a straight line: from ``start`` to ``end``, quickly at first where it falls.
+
+    Of a temperature ``T`` that falls to 1 it is the annealing of Jafari et al., "Annealing Knowledge Distillation"
+    (EACL 2021, arXiv 2104.07163), in which the teacher's logits are multiplied by a factor ``1 / T`` that rises evenly.
+
+    Args:
+        start: Value at and before ``begin``, above 0.
+        end: Value at and after ``until``, above 0.
+        begin: Time at which the change begins.
+        until: Time at which the change is complete.
+        by: What times are in, one of `BY`.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+    by: str = 'fraction'
+
+    def __call__(self, position: Position) -> float:
+        return 1 / Ramp(1 / self.start, 1 / self.end, self.begin, self.until, by=self.by)(position)
+
+    def __str__(self) -> str:
+        return f'{self.start:g} -> {self.end:g} (reciprocal, {self.begin:g} to {self.until:g} {BY[self.by]})'
+
+
+@dataclass(frozen=True)
 class Exponential:
     """``start * gamma ** t`` with the whole units of time ``t`` that have passed, but no less than ``end``.
 
@@ -373,7 +401,7 @@ def _in_list(names: Sequence[str]) -> str:
 
 
 def _ramp(shape: str) -> Parser:
-    def parse(options: dict[str, Any], where: str, number: Number) -> Ramp:
+    def parse(options: dict[str, Any], where: str, number: Number) -> Schedule:
         _take(options, f'{where} ({shape} schedule)', ('start', 'end'), ('begin', 'until'))
         by, time = _times(options, where)
         if by != 'fraction' and 'until' not in options:
@@ -382,12 +410,17 @@ def _ramp(shape: str) -> Parser:
         begin, until = time(options.get('begin', 0.0), 'begin'), time(options.get('until', 1.0), 'until')
         if not begin < until:
             raise DistillError(f'{where}: begin must come before until, got {begin:g} and {until:g}.')
-        return Ramp(**found, begin=begin, until=until, shape=shape, by=by)
+        if shape != 'reciprocal':
+            return Ramp(**found, begin=begin, until=until, shape=shape, by=by)
+        zero = next((key for key, value in found.items() if not value), None)
+        if zero is not None:
+            raise DistillError(f'{where}.{zero} must be above 0, because one over it changes evenly.')
+        return Reciprocal(**found, begin=begin, until=until, by=by)
 
     return parse
 
 
-for _shape in ('linear', 'cosine'):
+for _shape in ('linear', 'cosine', 'reciprocal'):
     register_schedule(_shape)(_ramp(_shape))
 
 

@@ -26,7 +26,7 @@ from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Constant, Position, Window, ended
 from kd_plugins.distiller.stages import Freezer, Stage, check_stages, parameters_of, rest_of
 from kd_plugins.distiller.summary import Row, schedule_text
-from kd_plugins.distiller.taps import Capture, Tap, find_module, image_size_of
+from kd_plugins.distiller.taps import ALL, Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.temperature import LearnedTemperature, Observing
 from kd_plugins.distiller.terms import Resolver, Term
 from kd_plugins.errors import DistillError, in_words, nearest
@@ -123,8 +123,11 @@ class Session(Apart):
     def _find_places(self, term: Term) -> None:
         """Find the teachers and the modules that a term names."""
         term.student = self.host.tap(self.student, term.student)
-        term.teacher, *others = map(self._find_in_teacher, term.taps)
+        taps = [replace(t, owner=name) for t in term.taps for name in (self.teachers if t.owner == ALL else [t.owner])]
+        term.teacher, *others = map(self._find_in_teacher, taps)
         term.others = tuple(others)
+        if not others:
+            term.combine = None
 
     def _find_in_teacher(self, tap: Tap) -> Tap:
         owner = tap.owner

@@ -23,7 +23,9 @@ from kd_plugins.errors import DistillError, nearest
 # The dropout behind the softmax of an attention module, in timm's spelling.
 _ATTENTION = 'attn_drop'
 _ABSENT = object()
-_PATH = re.compile(r'^(?:(?P<owner>[A-Za-z_]\w*):)?(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
+#: The owner of a tap that is in every teacher.
+ALL = '*'
+_PATH = re.compile(r'^(?:(?P<owner>[A-Za-z_]\w*|\*):)?(?P<module>[A-Za-z_0-9.]+)(?:\[(?P<index>-?\d+)\])?$')
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Tap:
     """A place in a model: a dotted module path and, optionally, which of its outputs.
 
     Written ``'neck'`` (all outputs), ``'neck[1]'`` (the second one) or ``'backbone.layer3'``; a teacher that is one of
-    several stands in front, ``'big:neck'``. What a name means (``head``, ``neck``, ``backbone``, ``logits``,
-    ``stages[i]``) is for the host of the model to say, which returns another tap.
+    several stands in front, ``'big:neck'``, or ``'*:neck'`` for all of them. What a name means (``head``, ``neck``,
+    ``backbone``, ``logits``, ``stages[i]``) is for the host of the model to say, which returns another tap.
 
     Attributes:
         module: Dotted path of the module.
         index: Which of its outputs; None: all of them.
-        owner: Name of the teacher, ``''`` for the only one.
+        owner: Name of the teacher, ``''`` for the only one, ``'*'`` for every one.
         part: Which branch of a head that has several, or None.
         also: Further modules whose outputs follow, where a name means several.
         written: How the user wrote it, for messages.

@@ -16,7 +16,7 @@ from kd_plugins.distiller.combining import Combination, build_combination
 from kd_plugins.distiller.ratio import Ratio, build_weight
 from kd_plugins.distiller.schedules import Constant, Schedule, Window, build_window, is_zero
 from kd_plugins.distiller.stages import names_in
-from kd_plugins.distiller.taps import Tap
+from kd_plugins.distiller.taps import ALL, Tap
 from kd_plugins.distiller.temperature import build_temperature
 from kd_plugins.distiller.weighting import Weighting, build_weighting
 from kd_plugins.errors import DistillError, check_keys, in_words, nearest
@@ -359,9 +359,12 @@ def _build_term(name: str, cfg: Any, resolve: Resolver | None) -> Term:
         raise DistillError(f'{where}: there is one student; write student={str(student).partition(":")[2]!r}.')
     weight, ratio = build_weight(cfg.get('weight', 1.0), f'{where}: weight')
     taps = _teachers(cfg['teacher'], where)
-    combine = build_combination(cfg.get('combine', 'mean'), f'{where}: combine') if len(taps) > 1 else None
+    several = len(taps) > 1 or taps[0].owner == ALL
+    combine = build_combination(cfg.get('combine', 'mean'), f'{where}: combine') if several else None
     if combine is None and cfg.get('combine') is not None:
-        raise DistillError(f"{where}: combine is for several teachers; write teacher=['big:head', 'small:head'].")
+        raise DistillError(
+            f"{where}: combine is for several teachers; write teacher=['big:head', 'small:head'], or '*:head'."
+        )
     if combine is not None and (consumes == 'features' or _is_projector(adapter)):
         raise DistillError(
             f'{where}: several teachers are combined by what they predict, and {type(loss).__name__} compares '

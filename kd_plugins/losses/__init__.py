@@ -30,6 +30,7 @@ from kd_plugins.losses.feature_mse import FeatureMSELoss, feature_mse
 from kd_plugins.losses.hard_label import HardLabelLoss, hard_label
 from kd_plugins.losses.kl_div import KLDivLoss, kl_div
 from kd_plugins.losses.localization_distill import LocalizationDistillLoss, localization_distill
+from kd_plugins.losses.logit_mse import LogitMSELoss, logit_mse
 from kd_plugins.losses.mask_kl_div import MaskKLDivLoss, mask_kl_div
 from kd_plugins.losses.mgd import MGDLoss, mgd
 from kd_plugins.losses.ofa import OFALoss, ofa
@@ -53,6 +54,7 @@ __all__ = [
     'HardLabelLoss',
     'KLDivLoss',
     'LocalizationDistillLoss',
+    'LogitMSELoss',
     'MGDLoss',
     'MaskKLDivLoss',
     'OFALoss',
@@ -73,6 +75,7 @@ __all__ = [
     'hard_label',
     'kl_div',
     'localization_distill',
+    'logit_mse',
     'mask_kl_div',
     'mgd',
     'ofa',

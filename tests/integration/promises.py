@@ -46,6 +46,7 @@ class Case:
         recompute: Options of the plain run with which activations are recomputed; none: the network does so itself.
         inside: Path of a module that is then run twice.
         normed: How many maps adapters keep statistics of.
+        frozen: What the names of the student's parameters begin with that its stages freeze while ``on`` is 0.
         long: Whether its tests are of `make test-long`: another case shows nearly the same.
     """
 
@@ -63,6 +64,7 @@ class Case:
     recompute: Mapping[str, Any] = field(default_factory=dict)
     inside: str = ''
     normed: int = 0
+    frozen: str = ''
     long: bool = False
 
     def but(self, **changes: Any) -> Case:

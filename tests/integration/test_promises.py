@@ -84,6 +84,24 @@ def test_start_and_stop(lab, case):
     assert ours.runs == [0, 0, 1, 2, 2, 2] and ours.ran == {2, 3} and held == [1, 1, 1, 1, 0, 0]
 
 
+@kept('stages')
+def test_stages(lab, case):
+    """What a stage freezes does not move in it, statistics included, and what it does not name is off."""
+    ours = lab.record(lab.distil(case), keep=True)
+    assert len(ours.states) == len(case.on)
+    first, *_ = case.distill['stages']
+    for step, digit in enumerate(case.on):
+        kd = {name for name, value in ours.steps[step].kd.items() if 'loss' in name and value}
+        assert len(kd) == len(first['terms']) if digit == '0' else len(kd) >= len(case.terms), (step, kd)
+        if step == 0:
+            continue
+        before, after = ours.states[step - 1], ours.states[step]
+        keys = [k for k in before if k.removeprefix('student.').startswith(case.frozen)]
+        changed = [k for k in keys if not torch.equal(before[k], after[k])]
+        assert keys and bool(changed) == (digit == '1'), (step, changed[:3])
+        assert difference(before, after), 'the rest goes on'
+
+
 @kept('ramp')
 def test_a_ramp_follows_the_iterations_of_the_run(lab, case):
     """At learning rate 0 nothing but the weight differs between two runs, to the last digit of what is logged."""

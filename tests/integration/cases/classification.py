@@ -84,6 +84,10 @@ _RECIPES = (
     ('vit_feature', 'resnet', _VIT, ('features',)),
     ('vit_attention', 'resnet', _VIT, ()),
     ('ofa', 'resnet', {}, ('ofa',)),
+    ('born_again', 'resnet', {}, ()),
+    ('long_tail', 'resnet', {}, ()),
+    ('patient', 'resnet', {}, ()),
+    ('multi_teacher', 'resnet', {}, ()),
 )
 #: ``{promise: {name: case}}``; the tests are in test_promises.py, test_options.py and test_scripts.py.
 KEEPS = {
@@ -100,6 +104,14 @@ KEEPS = {
     # Where a token is taught, the labels teach the class head alone.
     'first_losses': {name: CASES[name] for name in ('hook', 'model')},
     'start_stop': {name: case.but(**_WINDOW) for name, case in _FOUR.items()},
+    'stages': {
+        'hook': HOOK.but(
+            options=dict(SHORT, train_cfg__max_epochs=2),
+            distill=dict(stages=[dict(until=1, terms=['logits'], freeze=['backbone'], alpha=0.5), {}]),
+            frozen='layer1',
+            on='0011',
+        )
+    },
     'ramp': {
         'hook': TOKEN_HOOK.but(
             terms=dict(token=TOKEN, logits=LOGITS),

@@ -81,6 +81,15 @@ KEEPS = {
         'model': _MODEL.but(options=dict(steps=6), distill=dict(start=2, stop=4)),
         'hook, epochs': _HOOK.but(options=dict(_SHORT, train_cfg__max_epochs=3), distill=dict(start=1, stop=2)),
     },
+    'stages': {
+        'hook, adapters': _TRAINED.but(
+            terms=_BOTH,
+            options=dict(steps=6),
+            distill=dict(stages=[dict(until=0.5, terms=['features'], freeze=['head'], alpha=1.0), {}]),
+            frozen='bbox_head',
+            on='000111',
+        )
+    },
     'ramp': {'hook': _HOOK.but(terms=dict(scores=SCORES), options=dict(optim_wrapper__optimizer__lr=0.0))},
     'schedules': {'hook': _HOOK.but(terms=dict(scores={**SCORES, **_RAMPS}))},
     'pair': CASES,

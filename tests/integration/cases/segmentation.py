@@ -46,6 +46,14 @@ KEEPS = {
     },
     'first_losses': CASES,
     'start_stop': {'hook': _HOOK.but(**_WINDOW), 'model': _MODEL.but(**_WINDOW)},
+    'stages': {
+        'hook': _HOOK.but(
+            options=dict(steps=4),
+            distill=dict(stages=[dict(until=2, terms=[*_HOOK.terms], train=['head']), {}]),
+            frozen='backbone',
+            on='0011',
+        )
+    },
     'ramp': {'hook': _HOOK.but(options=dict(optim_wrapper__optimizer__lr=0.0))},
     'pair': CASES,
     'averages': CASES,

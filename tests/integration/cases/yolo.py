@@ -22,6 +22,16 @@ KEEPS = {
     },
     'first_losses': CASES,
     'start_stop': {'yolo11n': _DEFAULT.but(options=_THREE, distill=dict(start=1, stop=2))},
+    'stages': {
+        'yolo11n': _DEFAULT.but(
+            terms=dict(cls=1.0, feature=1.0),
+            teacher=dict(family='small'),
+            options=_THREE,
+            distill=dict(stages=[dict(until=1, terms=['feature'], freeze=['head'], alpha=1.0), {}]),
+            frozen='model.23.',
+            on='001111',
+        )
+    },
     'ramp': {'yolo11n': _DEFAULT.but(options=dict(epochs=2, lr0=0.0, val=False))},
     'pair': CASES,
     'trained': {name: case for name, case in CASES.items() if case.trained},

@@ -27,6 +27,7 @@ from kd_plugins.losses import (
     HardLabelLoss,
     KLDivLoss,
     LocalizationDistillLoss,
+    LogitMSELoss,
     MaskKLDivLoss,
     MGDLoss,
     OFALoss,
@@ -152,6 +153,8 @@ CASES = {
     'binary': (BinaryKLDivLoss(), logits),
     'binary-foreground': (BinaryKLDivLoss(temperature=2.0, foreground=True), logits),
     'mse': (FeatureMSELoss(), features),
+    'logit-mse': (LogitMSELoss(), logits),
+    'logit-mse-T': (LogitMSELoss(temperature=3.0), logits),
     'auto-box': (AutoBoxLoss(), predictions),
     'yolo': (YOLOLogitLoss(), predictions),
     'yolo-uniform': (YOLOLogitLoss(2.0, 0.5, 3.0, 0.1, foreground=False), predictions),
@@ -201,7 +204,7 @@ def every_loss_but(*names):
 every_loss = every_loss_but()
 # Cross-entropies; least for another student than an equal one, as with a temperature of the teacher's own.
 OFA = ('ofa', 'ofa-soft', 'ofa-author')
-every_divergence = every_loss_but('hard', 'kl-teacher-T', 'balanced', *OFA)
+every_divergence = every_loss_but('hard', 'kl-teacher-T', 'balanced', 'logit-mse-T', *OFA)
 # Equal for a student that is turned, mirrored or enlarged, and for any embedding size; they couple the images.
 RELATIONS = ('relation', 'relation-distance')
 
@@ -350,6 +353,7 @@ BAD = [
         (cls, 'temperature', v)
         for cls in (
             KLDivLoss,
+            LogitMSELoss,
             BalancedKLDivLoss,
             BinaryKLDivLoss,
             ChannelWiseDivLoss,
