@@ -186,6 +186,7 @@ class DistillHook(Hook):
         self.session.begin_run(position_of(runner), total)
         with untouched_rng():
             rows = self.session.check(*example)
+        host.counts = None  # the data set has no place in copies and pickles of what leads here
         scores, more = self._score(runner, options, names)
         self.teacher_metric, self._teacher_on = best_of(scores.values())
         notes += more

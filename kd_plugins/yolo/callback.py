@@ -223,6 +223,7 @@ class DistillCallback:
         with untouched_rng():
             images, batch = example_batch(trainer, channels, images_of(session.terms.values()))
             rows = session.check(images, batch)
+        host.counts = None  # the trainer has no place in copies and pickles of what leads here
         if batch is None:
             notes.append('checked on a grey picture: the validation set gave no item before the run')
         scores: dict[str, TeacherScore] = {}

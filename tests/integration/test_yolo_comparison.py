@@ -16,6 +16,7 @@ from kd_plugins.lab.comparison.yolo.tasks import TASKS
 from kd_plugins.lab.data import prepare_digits
 from tests.integration import yolo_lab  # noqa: F401  # throw-away settings for the processes that are started
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 SHORT = ('epochs=2', 'imgsz=64', 'batch=8', 'workers=0', 'plots=False')
 

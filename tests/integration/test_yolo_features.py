@@ -112,7 +112,14 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize('student, file, shapes, note', PAIRS, ids=[f'{t}->{s}' for s, t, *_ in PAIRS])
+@pytest.mark.parametrize(
+    'student, file, shapes, note',
+    # Every other one is of `make test-long`.
+    [
+        pytest.param(*pair, id=f'{pair[1]}->{pair[0]}', marks=pytest.mark.long if i % 2 else ())
+        for i, pair in enumerate(PAIRS)
+    ],
+)
 def test_families_and_levels(cfg, teacher, data, tmp_path, caplog, student, file, shapes, note):
     """Levels are paired by stride, and what is left out is named."""
     run = distil(cfg(student), teacher(file), data, tmp_path, cls=0, box=0, feature=1.0, run=dict(imgsz=96))

@@ -35,6 +35,7 @@ def test_what_cannot_run_stops_before_the_first_iteration(files, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_training_of_the_tuner_distils(files, tmp_path, monkeypatch, caplog):
     student, teacher, data = files
     monkeypatch.chdir(tmp_path)

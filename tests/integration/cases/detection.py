@@ -15,7 +15,7 @@ _DROPOUT_TEACHER = dict(options=_VALIDATED, family='gfl', teacher=dict(family='g
 CASES = {
     'hook': _HOOK.but(options=_VALIDATED),
     'model': _MODEL.but(options=_VALIDATED),
-    'hook, dropout': _HOOK.but(**_DROPOUT_TEACHER),
+    'hook, dropout': _HOOK.but(**_DROPOUT_TEACHER, long=True),
     'hook, adapters, dropout': _TRAINED.but(**_DROPOUT_TEACHER, terms=dict(features=EARLY), normed=0),
 }
 _RAMP = dict(type='auto', target=0.5, batches=5, schedule=dict(type='linear', start=0.5, end=2.0))
@@ -108,7 +108,7 @@ KEEPS = {
     'two_processes': _TWO_RANKS,
     'joint': _TWO_RANKS,
     # test_options.py
-    'bf16': {'hook': _HOOK, 'model': _MODEL.but(terms=_BOTH)},
+    'bf16': {'hook': _HOOK, 'model': _MODEL.but(terms=_BOTH, long=True)},
     'accumulation': {'model': _MODEL.but(terms=_BOTH, options=_SILENT_TASK)},
     'checkpointing': {
         'the module itself': _STAGE.but(recompute=_RECOMPUTED, inside='backbone.stage4.0'),

@@ -65,6 +65,7 @@ KEEPS = {
             options=_RESUMED,
             distill=dict(start=1, stop=5),
             on='011110',
+            long=True,
         )
     },
     'silent_resume': {

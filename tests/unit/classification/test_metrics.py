@@ -39,6 +39,19 @@ def test_accuracy_by_hand():
     assert evaluate(Accuracy(topk=1), samples(scores, [0, 1, 2, 0])) == {'accuracy/top1': 100.0}
 
 
+def test_accuracy_of_each_class():
+    """Two of three images of class 0 and none of class 2 are right; nobody has class 1."""
+    scores = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.3, 0.6], [0.5, 0.3, 0.2]]
+    metric = Accuracy(topk=1, per_class=True)
+    found = evaluate(metric, samples(scores, [0, 0, 0, 2]))
+    expected = {'accuracy/top1': 50.0, 'accuracy/mean_class': 100 / 3, 'accuracy/class_0': 200 / 3}
+    assert found == pytest.approx({**expected, 'accuracy/class_2': 0.0})
+    metric.dataset_meta = dict(classes=('cat', 'dog', 'cow'))
+    assert {'accuracy/class_cat', 'accuracy/class_cow'} < set(evaluate(metric, samples(scores, [0, 0, 0, 2])))
+    with pytest.raises(DistillError, match='per_class must be True or False'):
+        Accuracy(per_class='yes')
+
+
 def test_accuracy_is_timms():
     from timm.utils import accuracy
 

@@ -158,6 +158,16 @@ def test_a_term_of_several_teachers():
     assert session.student.scale.grad != 0
 
 
+@pytest.mark.parametrize(
+    'names, text', [(2, 'big:logits + small:logits (mean of their probabilities)'), (1, 'big:logits')]
+)
+def test_all_teachers_that_there_are(names, text):
+    session = session_of(*[Net(1), Net(2)][:names], teacher='*:logits')
+    (row,) = session.check(IMAGES)
+    assert row.teacher == text and value_of(session) > 0
+    assert (session.terms['term'].combine is None) == (names == 1)
+
+
 def test_equal_teachers_teach_as_one():
     one, two = session_of(Net(1), teacher='logits'), session_of(Net(1), Net(1))
     for session in (one, two):

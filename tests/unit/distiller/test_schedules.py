@@ -41,6 +41,15 @@ def test_cosine():
         assert schedule(at(p)) == pytest.approx(1 + math.cos(math.pi * p), abs=1e-12)
 
 
+def test_reciprocal():
+    """Annealing: the factor of the teacher's logits, 1 / T, rises evenly from 1 / 10 to 1."""
+    schedule = build_schedule(dict(type='reciprocal', start=10.0, end=1.0, until=0.5), 'temperature', 0.0, strict=True)
+    assert [1 / v for v in values(schedule, 0, 0.25, 0.5, 1)] == pytest.approx([0.1, 0.55, 1, 1])
+    assert str(schedule) == '10 -> 1 (reciprocal, 0 to 0.5 of the run)'
+    with pytest.raises(DistillError, match=r'weight\.end must be above 0, because one over it changes evenly'):
+        build_schedule(dict(type='reciprocal', start=1, end=0), 'weight')
+
+
 def test_exponential():
     """The classic 0.99 per epoch: the same in all of an epoch's iterations."""
     schedule = build_schedule(dict(type='exponential', start=2.0, gamma=0.99), 'weight')
