@@ -2,7 +2,7 @@
 
 # First: it says in a sentence when there is no MMEngine.
 from kd_plugins import registry  # noqa: F401  # isort: skip
-from kd_plugins.classification import datasets, metrics  # noqa: F401  (register them)
+from kd_plugins.classification import datasets, long_tail, metrics  # noqa: F401  (register them)
 from kd_plugins.classification.classifier import TimmClassifier
 from kd_plugins.classification.preprocessor import ClassifierPreprocessor
 from kd_plugins.mm import classification_heads, heads, segmentation_heads  # noqa: F401  (register the head readers)

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from PIL import Image
 
 from kd_plugins.classification.cifar_resnet import CifarResNet
+from kd_plugins.config_files import resolve_config
 from kd_plugins.errors import DistillError
 from kd_plugins.mm import cli
 from kd_plugins.teachers import find_weights, load_checkpoint
@@ -54,6 +55,9 @@ def data(tmp_path_factory):
         np.savez(root / 'cifar100' / f'{split}.npz', images=images, labels=labels)
         part = {'test': 'val'}.get(split, split)
         names = [str(i) for i in range(10)]
+        (root / 'digits' / 'scans').mkdir(parents=True, exist_ok=True)
+        scans = rng.integers(0, 255, (40, 8, 8), dtype=np.uint8)
+        np.savez(root / 'digits' / 'scans' / f'{part}.npz', images=scans, labels=np.arange(40) % 10)
         write_coco(root / 'digits', names, size=(128, 128), ann_file=f'annotations/{part}.json', img=f'images/{part}')
     return root
 
@@ -261,6 +265,36 @@ def test_recipe_from_the_command_line(recipe, student, teacher, edit, terms, run
     logged = {k.removeprefix('train/'): v.data[0] for k, v in runner.message_hub.log_scalars.items() if '/loss_kd' in k}
     assert set(logged) == {f'loss_kd_{t}' for t in terms}
     assert all(len(values) == 1 and 0 < values[0] < float('inf') for values in logged.values())
+
+
+POLICY = ('progressive', 'annealing', 'born_again', 'patient', 'ema', 'multi_teacher', 'long_tail')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', POLICY)
+def test_policy(name, run_folder, monkeypatch):
+    """Every config that shows a recipe of policy trains, with the teachers where it says, stages included."""
+    given = Config.fromfile(CONFIGS / 'cls' / f'digits_{name}.py').default_hooks.distill
+    assert given.recipe == name
+    for teacher in given.get('teachers', dict(one=given.get('teacher'))).values():
+        if 'config' in teacher:
+            Path(teacher.checkpoint).parent.mkdir(parents=True, exist_ok=True)
+            config = Config.fromfile(resolve_config(teacher.config))
+            torch.save(dict(state_dict=build(config).state_dict()), teacher.checkpoint)
+    finished = []
+    original = Runner.train
+    monkeypatch.setattr(Runner, 'train', lambda self: finished.append(self) or original(self))
+    edits = [f'{p}_dataloader.{key}' for p in ('train', 'val') for key in ('num_workers=0', 'persistent_workers=False')]
+    edits += ['train_dataloader.batch_size=4', 'train_cfg.max_epochs=4', 'train_cfg.val_interval=4']
+    cli.train([str(CONFIGS / 'cls' / f'digits_{name}.py'), '--work-dir', 'work', '--cfg-options', *edits])
+    (runner,) = finished
+    hook = next(h for h in runner.hooks if type(h).__name__ == 'DistillHook')
+    on = [{k for k, v in row.items() if k.startswith('loss_kd') and v > 0} for row in hook.history]
+    expected = {
+        'progressive': [{'loss_kd_features'}, *[{'loss_kd_logits'}] * 3],
+        'annealing': [*[{'loss_kd_logits'}] * 3, set()],
+    }
+    assert on == expected.get(name, [{'loss_kd_logits'}] * 4)
 
 
 # ---------------------------------------------------------------------- the CIFAR ResNets
