@@ -21,7 +21,7 @@ from kd_plugins.lab.comparison.figures import Picture
 from kd_plugins.lab.comparison.history import History
 from kd_plugins.lab.comparison.phases import Display, Phase, clock, run_phases
 from kd_plugins.lab.comparison.report import Section, write_report
-from kd_plugins.lab.comparison.table import Arm, Metrics, Result, joint_text, text
+from kd_plugins.lab.comparison.table import Arm, Metrics, Result, interval, joint_text, mean_and_spread, text
 from kd_plugins.recipes import is_name
 from kd_plugins.recipes.options import split_recipes
 
@@ -262,10 +262,16 @@ class _Found:
 
     def figures(self) -> dict[str, Any]:
         """For ``results.json``, by row."""
-        return {
+        found: dict[str, Any] = {
             a.name: dict(parameters=a.parameters, runs=[_figures(r, self.experiment.metrics) for r in a.results])
             for a in (self.teacher, self.plain, *self.distilled)
         }
+        for arm in self.distilled:
+            gains = arm.gains(self.plain)
+            mean, spread = mean_and_spread(gains)
+            low, high = interval(gains)
+            found[arm.name]['gain'] = dict(mean=mean, spread=spread, low=low, high=high, confidence=0.95)
+        return found
 
     def section(self, name: str = '') -> Section:
         """Its part of a report; with the name that it has among others."""

@@ -98,8 +98,31 @@ Groups = Mapping[str, tuple[Metrics, Arm, Arm, Sequence[Arm]]]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is NaN for a single value."""
+    """Mean and sample standard deviation; the latter is NaN for a single value, both where one is NaN."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def interval(gains: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean gain over pairs of students of the same seed, by Student's t.
+
+    The seeds are the sample: it says what other seeds would give, not other data.
+
+    Args:
+        gains: One per seed.
+        confidence: How often such intervals hold the true mean, were gains normally distributed.
+
+    Returns:
+        ``(low, high)``; NaN for fewer than two seeds, or where one was not measured.
+    """
+    from scipy.stats import t
+
+    mean, spread = mean_and_spread(gains)
+    if math.isnan(spread) or math.isnan(mean):
+        return math.nan, math.nan
+    half = float(t.ppf((1 + confidence) / 2, len(gains) - 1)) * spread / math.sqrt(len(gains))
+    return mean - half, mean + half
 
 
 def _points(values: Sequence[float], signed: bool = False) -> str:
@@ -175,9 +198,10 @@ def verdict(plain: Arm, arm: Arm, metric: str) -> str:
     if math.isnan(spread):
         return f'{arm.name}: {mean:+.1f} {metric} on one seed; a single pair says nothing about the spread (--seeds 3).'
     better = sum(g > 0 for g in gains)
+    low, high = interval(gains)
     return (
-        f'{arm.name}: {mean:+.1f} ± {spread:.1f} {metric} over {len(gains)} seeds, better than plain in {better} of '
-        f'{len(gains)}.'
+        f'{arm.name}: {mean:+.1f} ± {spread:.1f} {metric} over {len(gains)} seeds (95 % interval of the mean '
+        f'{low:+.1f} to {high:+.1f}), better than plain in {better} of {len(gains)}.'
     )
 
 

@@ -11,6 +11,7 @@ from kd_plugins.lab.comparison.table import (
     Arm,
     Result,
     header,
+    interval,
     joint_verdicts,
     mean_and_spread,
     render,
@@ -48,6 +49,7 @@ def test_gains_are_paired_by_seed_and_negative_ones_are_shown():
     assert cells[1] == ('1', '30.0', '28.0 (-2.0)')
     assert 'better than plain in 1 of 3' in verdict(plain, distilled, 'mAP')
     assert verdict(plain, distilled, 'mAP').startswith('distilled: a: -0.7 ± 1.5 mAP')
+    assert '(95 % interval of the mean -4.5 to +3.1)' in verdict(plain, distilled, 'mAP')
 
 
 def test_columns_are_those_of_the_task():
@@ -103,3 +105,15 @@ def test_the_files_of_the_models_are_named():
     )
     lines = text(TEACHER, plain, [distilled], BOXES).splitlines()
     assert lines[-2:] == ['plain  work/plain/epoch_1.pth', 'a      work/a/epoch_1.pth']
+
+
+def test_interval_is_that_of_the_paired_t_test():
+    """Against scipy's own test: the interval holds 0 exactly where the p-value is above 0.05."""
+    from scipy.stats import ttest_rel
+
+    plain, better = [0.31, 0.28, 0.35, 0.30], [0.35, 0.30, 0.36, 0.34]
+    expected = ttest_rel(better, plain).confidence_interval(0.95)
+    found = interval([b - p for b, p in zip(better, plain, strict=True)])
+    assert found == pytest.approx((expected.low, expected.high)) and found[0] > 0
+    assert interval([0.1, 0.1]) == pytest.approx((0.1, 0.1))
+    assert all(map(math.isnan, interval([0.1]))) and all(map(math.isnan, interval([0.1, math.nan])))
