@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_plugins.distiller.balance import Balance
 from kd_plugins.distiller.summary import entry
 
 #: Beside the log of a run: the summary of the start with the block of the end, and the latter as data.
@@ -102,7 +101,9 @@ class Ending:
         unit: What runs are counted in: ``'epoch'`` or ``'iteration'``.
         total: Epochs (iterations) that were trained in the end.
         seconds: Wall time of this process's training.
-        share: ``kd_ratio`` in the first and in the last iterations with KD, see `Balance.share`.
+        share: ``kd_ratio`` in the first and in the last iterations with KD, see `Session.share`.
+        asked: Iterations in which KD was on.
+        teachers: Seconds that each teacher took per batch, by name.
         best: The best validation; None: there was none.
         teacher: The teacher's value of the compared metric, where it is known.
         teacher_on: Which images it was measured on, in words, where these were not all.
@@ -122,6 +123,8 @@ class Ending:
     notes: tuple[str, ...] = ()
     folder: str = '.'
     teacher_on: str = ''
+    asked: int = 0
+    teachers: Mapping[str, float] = field(default_factory=dict)
 
     def text(self) -> str:
         """The block as it is printed; but for commands, no line is longer than `kd_plugins.distiller.summary.WIDTH`."""
@@ -149,15 +152,21 @@ class Ending:
             yield 'teacher', f'{self.teacher:.4g} {self.teacher_on}'.rstrip()
         first, last = self.share
         if first is None or last is None:
-            yield 'KD share', 'KD was never on'
+            # Beside no labels it has none, and where every stage has an alpha of its own no one.
+            on = f'KD was on in {self.asked} iterations; its share of all is not one number (alpha)'
+            yield 'KD share', on if self.asked else 'KD was never on'
         else:
             yield 'KD share', f'kd_ratio {first:.3g} at the start, {last:.3g} at the end (KD over task loss)'
-        yield 'took', duration(self.seconds)
+        yield 'took', duration(self.seconds) + self._of_teachers()
         if self.student is None:
             return
         yield 'student', f'{self.student.path}'
         yield '', f'{self.student.source}: {self.student.holds}'
         yield from self.student.files.items()
+
+    def _of_teachers(self) -> str:
+        each = [f'{name or "the teacher"} {1000 * seconds:.3g} ms' for name, seconds in self.teachers.items()]
+        return f' (per batch: {", ".join(each)})' if each else ''
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data that strict JSON can hold."""
@@ -173,6 +182,8 @@ class Ending:
                 'metric': None if self.best is None else self.best.main,
                 'teacher': self.teacher,
                 'teacher_on': self.teacher_on or None,
+                'iterations_with_kd': self.asked,
+                'teacher_seconds_per_batch': dict(self.teachers),
                 'student': None
                 if student is None
                 else {
@@ -204,17 +215,6 @@ def write_text(folder: str | os.PathLike[str], text: str, new: bool = True) -> N
     with open(Path(folder, TEXT_FILE), 'w' if new else 'a', encoding='utf-8') as file:
         file.write(text if new else f'\n\n{text}')
         file.write('\n')
-
-
-def share_of(balance: Balance, alpha: float | None) -> tuple[float | None, float | None]:
-    """``kd_ratio`` in the first and the last iterations of a run, as it was logged.
-
-    Args:
-        balance: What was summed.
-        alpha: Balance of the run, see `Session`; with 1 there was nothing but KD, and no ratio.
-    """
-    own = 1.0 if alpha is None else 1 - alpha
-    return tuple(None if value is None or not own else value / own for value in balance.share())  # type: ignore[return-value]
 
 
 def strict(value: Any) -> Any:

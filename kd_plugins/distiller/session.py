@@ -25,6 +25,7 @@ from kd_plugins.distiller.parts import Parts, trainable
 from kd_plugins.distiller.protocol import Detector, Teacher
 from kd_plugins.distiller.schedules import Constant, Position, Window, ended
 from kd_plugins.distiller.stages import Freezer, Stage, check_stages, parameters_of, rest_of
+from kd_plugins.distiller.stopwatch import Stopwatch
 from kd_plugins.distiller.summary import Row, schedule_text
 from kd_plugins.distiller.taps import ALL, Capture, Tap, find_module, image_size_of
 from kd_plugins.distiller.temperature import LearnedTemperature, Observing
@@ -71,6 +72,7 @@ class Session(Apart):
         follows: The student's optimizer, between the same.
         position: Where in the run the next iteration is; set by the host.
         history: What was logged so far.
+        stopwatch: How long teachers take.
         notes: What the check found worth saying.
 
     Raises:
@@ -98,6 +100,7 @@ class Session(Apart):
         self.stages, self.freezer = tuple(stages), Freezer(student)
         self.position = Position()
         self.balance = Balance()
+        self.stopwatch = Stopwatch()
         self.history = History()
         self.bank = AdapterBank()
         self.parts = Parts(self.bank, resolve)
@@ -783,8 +786,13 @@ class Session(Apart):
 
     def _ask(self, teacher: Teacher, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
         seen = self.host.for_teacher(inputs)
-        teacher.to(_like(seen, self.student))
-        return teacher.outputs(seen, samples, modules)
+        like = _like(seen, self.student)
+        teacher.to(like)
+        if not self._checked:
+            return teacher.outputs(seen, samples, modules)
+        name = next(n for n, t in self.teachers.items() if t is teacher)
+        with self.stopwatch.measure(name, like.device.type):
+            return teacher.outputs(seen, samples, modules)
 
     def _needs_labels(self, term: Term) -> bool:
         form = ClassPredictions if term.projects else self.matching.form(term)
@@ -989,6 +997,17 @@ class Session(Apart):
                 advice += f': {", ".join(numbers)}'
             advice += f' would give {AIM:g}'
         return f'{verdict}; {advice}'
+
+    @property
+    def share(self) -> tuple[float | None, float | None]:
+        """``kd_ratio`` in the first and the last iterations, as logged; None where stages or alpha=1 leave no one."""
+        alphas = {self._alpha if stage.alpha is None else stage.alpha for stage in self.stages} or {self._alpha}
+        if len(alphas) > 1:
+            return None, None
+        (alpha,) = alphas
+        own = 1.0 if alpha is None else 1 - alpha
+        first, last = self.balance.share()
+        return tuple(None if value is None or not own else value / own for value in (first, last))  # type: ignore[return-value]
 
     def refuse_nan(self, task: Tensor, losses: Mapping[str, Tensor]) -> None:
         """In the first distilled iteration only (it synchronises): real images can overflow what the check did not.

@@ -46,6 +46,11 @@ def count(number: int) -> str:
     return str(number)
 
 
+def _bytes(number: int) -> str:
+    """Memory as people read it."""
+    return f'{number / 1e9:.1f} GB' if number >= 1e9 else f'{number / 1e6:.1f} MB'
+
+
 def summary(
     rows: Sequence[Row],
     teachers: Mapping[str, Teacher],
@@ -71,7 +76,9 @@ def summary(
     """
     facts: list[tuple[str, str]] = [('student', f'{student}, {count(student_parameters)} parameters')]
     for name, teacher in teachers.items():
-        kind = f'{count(teacher.parameters_count)} parameters, {str(teacher.dtype).split(".")[-1]}, {teacher.mode}'
+        size = teacher.parameters_count * teacher.dtype.itemsize
+        dtype = str(teacher.dtype).split('.')[-1]
+        kind = f'{count(teacher.parameters_count)} parameters, {dtype}, {_bytes(size)}, {teacher.mode}'
         facts += [
             ('teacher', f'{name}: {teacher.name}, {kind}' if name else f'{teacher.name}, {kind}'),
             ('weights', teacher.checkpoint),

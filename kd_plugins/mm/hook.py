@@ -29,7 +29,7 @@ from kd_plugins.distiller import (
     untouched_rng,
 )
 from kd_plugins.distiller.balance import PERIOD
-from kd_plugins.distiller.ending import Ending, Validations, numbers_of, share_of, shorter, write_text
+from kd_plugins.distiller.ending import Ending, Validations, numbers_of, shorter, write_text
 from kd_plugins.distiller.scoring import TeacherScore, best_of, images_wanted
 from kd_plugins.errors import DistillError, in_words
 from kd_plugins.mm.data import class_names, pipelines
@@ -300,7 +300,9 @@ class DistillHook(Hook):
             unit=unit,
             total=total,
             seconds=time.monotonic() - began,
-            share=share_of(self.session.balance, self.session.alpha),
+            share=self.session.share,
+            asked=self.session.asked,
+            teachers=self.session.stopwatch.medians(),
             best=best,
             teacher=self.teacher_metric,
             teacher_on=self._teacher_on,

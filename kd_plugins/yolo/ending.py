@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kd_plugins.distiller.ending import Best, Ending, Student, numbers_of, share_of, shorter
+from kd_plugins.distiller.ending import Best, Ending, Student, numbers_of, shorter
 from kd_plugins.yolo.run import Run
 
 
@@ -37,7 +37,9 @@ def ending_of(trainer: Any, run: Run, teacher: float | None = None, teacher_on: 
         unit='epoch',
         total=trainer.epoch + 1,
         seconds=time.time() - trainer.train_time_start,
-        share=share_of(run.session.balance, run.session.alpha),
+        share=run.session.share,
+        asked=run.session.asked,
+        teachers=run.session.stopwatch.medians(),
         best=best,
         teacher=teacher,
         teacher_on=teacher_on,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import RepeatDataset
+from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 
 from kd_plugins.classification.datasets import ArrayDataset
 from kd_plugins.classification.long_tail import LongTail
@@ -61,17 +61,22 @@ def test_it_is_built_from_a_config(tmp_path):
         (dict(dataset=balanced(np.minimum(LABELS, 3))), "class 'e' has no image"),
         (dict(dataset=balanced(np.eye(5, dtype=np.uint8)[LABELS])), 'one class per image'),
     ],
-    ids=str,
 )
 def test_refused(options, message):
     with pytest.raises(DistillError, match=message):
         LongTail(**{'dataset': balanced(), **options})
 
 
-def test_counts_of_wrapped_data_sets():
-    tail = LongTail(balanced(), ratio=100)
-    counts = image_counts(tail, 5)
+def test_counts_of_wrapped_data_sets(tmp_path):
+    np.savez(tmp_path / 'd.npz', images=IMAGES, labels=LABELS)
+    wrapped = dict(type='kd_plugins.ArrayDataset', images=f'{tmp_path}/d.npz', labels=f'{tmp_path}/d.npz')
+    tail = dict(type='kd_plugins.LongTail', ratio=100, dataset=wrapped)
+    counts = image_counts(LongTail(balanced(), ratio=100), 5)
     assert image_counts(RepeatDataset(tail, times=3), 5) == [3 * n for n in counts]
+    both = [n + m for n, m in zip(counts, [100] * 4 + [107], strict=True)]
+    assert image_counts(ConcatDataset([tail, wrapped]), 5) == both
+    often = image_counts(ClassBalancedDataset(tail, oversample_thr=0.5), 5)
+    assert often[-1] > counts[-1]
 
 
 def test_counts_of_what_tells_no_class():

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugins.distiller import Position, Session, build_terms, ending, summary
+from kd_plugins.distiller import Position, Session, build_terms, ending, stopwatch, summary
 from kd_plugins.distiller.balance import Balance
+from kd_plugins.distiller.stages import build_stages
+from kd_plugins.distiller.stopwatch import MEASURED, SKIPPED, Stopwatch
 from kd_plugins.distiller.summary import WIDTH, Row
 from kd_plugins.teachers import FrozenTeacher
+from kd_plugins.teachers.run import check_alpha
 
 
 def one_end(folder, **changes):
@@ -101,9 +104,59 @@ def test_share_at_start_and_end(ratios, share):
     assert balance.share() == pytest.approx(share), 'asking for the ratio of an epoch forgot the run'
 
 
-def test_share_is_what_was_logged():
-    assert ending.share_of(balance_of([0.5]), 0.75) == pytest.approx((2.0, 2.0))
-    assert ending.share_of(balance_of([0.5]), 1) == (None, None)
+@pytest.mark.parametrize(
+    'alpha, stages, share',
+    [
+        (None, None, (0.5, 0.5)),
+        (0.75, None, (2.0, 2.0)),
+        (1, None, (None, None)),
+        (0.75, [dict(until=0.5, freeze=['0']), {}], (2.0, 2.0)),
+        (0.75, [dict(until=0.5, alpha=1), {}], (None, None)),
+    ],
+    ids=str,
+)
+def test_share_is_what_was_logged(alpha, stages, share):
+    session = session_of(dict(term=1.0), alpha=alpha, stages=build_stages(stages, check_alpha))
+    session.balance = balance_of([0.5])
+    assert session.share == pytest.approx(share)
+
+
+def test_a_run_without_labels_is_not_said_to_be_undistilled(tmp_path):
+    text = one_end(tmp_path, share=(None, None), asked=7).text()
+    assert 'KD was on in 7 iterations' in text and 'never' not in text
+
+
+def test_what_teachers_take_is_said(tmp_path):
+    end = one_end(tmp_path, teachers={'': 0.0123})
+    assert '(per batch: the teacher 12.3 ms)' in end.text()
+    assert (
+        one_end(tmp_path, teachers=dict(big=1.5, small=0.1)).text().count('(per batch: big 1.5e+03 ms, small 100 ms)')
+    )
+    assert end.to_dict()['teacher_seconds_per_batch'] == {'': 0.0123}
+
+
+def test_the_stopwatch_leaves_out_the_first_batches_and_stops():
+    """Which batches it looks at, not how long they take."""
+    watch, asked = Stopwatch(), []
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            asked.append(len(asked))
+            return float(len(asked))
+
+    stopwatch.time, before = Clock, stopwatch.time
+    try:
+        for _ in range(SKIPPED):
+            with watch.measure('big', 'cpu'):
+                pass
+        assert watch.medians() == {} and not asked
+        for _ in range(3 * MEASURED):
+            with watch.measure('big', 'cpu'):
+                pass
+    finally:
+        stopwatch.time = before
+    assert len(asked) == 2 * MEASURED and watch.medians() == dict(big=1.0)
 
 
 def session_of(weights, **options):
