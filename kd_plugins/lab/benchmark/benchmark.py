@@ -8,13 +8,14 @@ import json
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from kd_plugins.distiller import Session
 from kd_plugins.errors import DistillError, nearest
 from kd_plugins.lab.benchmark.measure import (
     Moment,
@@ -306,6 +307,14 @@ class Benchmark(ABC):
             operators, waits = (sum(result[k][n] for n in names) for k in ('operators', 'waiting'))
             lines.append(f'{cls.label(row, result):{WIDTH}}{times}{operators:>11}{waits:>12}')
         return lines
+
+
+def end_distillation(session: Session) -> None:
+    """Go to where the window of a session is over, which releases its teachers."""
+    stop = session.window.stop
+    assert stop is not None
+    session.begin_iteration(replace(session.position, unit=stop))
+    assert not session.teachers and not session.active
 
 
 @dataclass(frozen=True, kw_only=True)

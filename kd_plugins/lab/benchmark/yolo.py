@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
-from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
+from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use, end_distillation
 from kd_plugins.lab.benchmark.measure import Moment, random_boxes
 from kd_plugins.yolo.callback import DistillCallback, check_version, quiet
 from kd_plugins.yolo.teacher import class_names, find_teacher, load_model
@@ -59,6 +59,7 @@ class YOLOPair(Pair):
         'both (lower bound)': ['plain', 'teacher'],
         'step with distill_model=': ['native'],
         'step with kd_plugins': ['distilled'],
+        'step after its stop': ['over'],
     }
     aims: ClassVar = {
         'ratio': ('kd_plugins / (plain + teacher)', ['plain', 'teacher'], 1.05),
@@ -131,12 +132,15 @@ class YOLOPair(Pair):
 
             def started(trainer: Any) -> None:
                 startup, attaching = Moment.now() - began, marks[1] - marks[0]
+                if name == 'over':
+                    end_distillation(callback.session)
                 teachers = callback.session.teachers.values() if callback else []
                 runs[name] = Run(step_of(trainer), startup, attaching, [teacher.model for teacher in teachers])
                 start(others)
                 raise _Attached
 
-            callback = DistillCallback(weights) if name == 'distilled' else None
+            stop = dict(distilled=None, over=1)
+            callback = DistillCallback(weights, stop=stop[name]) if name in stop else None
             trainer.add_callback(self.event, mark)
             if callback:
                 callback.register(trainer)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from kd_plugins.distiller import untouched_rng
 from kd_plugins.errors import DistillError
-from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use
+from kd_plugins.lab.benchmark.benchmark import Pair, Run, Use, end_distillation
 from kd_plugins.lab.benchmark.measure import Moment
 from kd_plugins.lab.benchmark.mm.batches import CLASSIFICATION, DETECTION, Batch, Detections, Labels, find_kind
 from kd_plugins.mm.cli import _use_amp, add_distillation
@@ -85,6 +85,7 @@ class MMPair(Pair):
         'bare teacher forward': ['teacher'],
         'both (lower bound)': ['student', 'teacher'],
         'distilled step': ['distilled'],
+        'step after its stop': ['over'],
     }
     aims: ClassVar = {'ratio': ('distilled / (student + teacher)', ['student', 'teacher'], 1.05)}
     sizes: ClassVar = dict(DETECTION, repeats=(10, 40), steps=(1, 5))
@@ -185,8 +186,10 @@ class MMPair(Pair):
         for name in variants:
             own = copy.deepcopy(config)
             began = Moment.now()
-            if name == self.ours:
+            if name in (self.ours, 'over'):
                 add_distillation(own, self.kd, self.teacher, weights)
+            if name == 'over':
+                (own.model.distill if 'distill' in own.model else own.default_hooks.distill).stop = 1
             runs[name] = self._run(own, data, folder, began)
         try:
             return use(runs)
@@ -226,6 +229,8 @@ class MMPair(Pair):
         batch = next(iter(runner.train_dataloader))
         startup = Moment.now() - began
         hook = next((h for h in runner.hooks if isinstance(h, DistillHook)), None)
+        if hook is not None and hook.session.window.stop is not None:
+            end_distillation(hook.session)
         return Run(
             lambda: runner.model.train_step(batch, runner.optim_wrapper),
             startup,
