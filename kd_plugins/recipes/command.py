@@ -46,7 +46,9 @@ def table(task: str | None = None, width: int = WIDTH) -> str:
         width: Columns of a line.
     """
     rows = [('recipe', 'for', 'method')]
-    rows += [(name, ', '.join(tasks_of(name)), description(name)) for name in names(task)]
+    for name in names(task):
+        tasks = tasks_of(name)
+        rows.append((name, 'every task' if set(tasks) == set(TASKS) else ', '.join(tasks), description(name)))
     first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
     indent = ' ' * (first + second + 4)
     lines = []

@@ -45,7 +45,7 @@ def test_a_segmentor_without_a_neck(tmp_path, capsys):
     text = run(tmp_path / 'segmentor.py', capsys)
     fits, _, other = text.partition('For ')
     fits = ' '.join(fits.split())  # wrapped or not: width of the terminal
-    assert 'fits: 6 of 6 recipes' in fits and 'backbone 10 (3.3 to 30)' in fits and 'logits 3 (1 to 9)' in fits
+    assert 'fits: 10 of 10 recipes' in fits and 'backbone 10 (3.3 to 30)' in fits and 'logits 3 (1 to 9)' in fits
     assert 'arXiv 1903.04197' in fits and 'random weights' not in fits and 'one like the student' in fits
     assert 'yolo_logit' in other and max(map(len, text.splitlines())) <= 100
 
@@ -97,7 +97,7 @@ def test_weights():
     weights = dict(a=build_schedule(3, 'weight'), b=ramp)
     assert weights_text(weights, 0.9) == 'a 3 (1 to 9), b 0 -> 1 (linear, 0 to 1 of the run), alpha 0.9'
     assert (
-        others('segmentation')['classification'][0] == 'deit_hard' and 'cwd_norm' in others('segmentation')['detection']
+        others('segmentation')['classification'][0] == 'annealing' and 'cwd_norm' in others('segmentation')['detection']
     )
 
 

@@ -150,7 +150,16 @@ def test_what_the_losses_here_declare():
             'PearsonLoss',
             'RelationLoss',
         },
-        'logits': {'BinaryKLDivLoss', 'DISTLoss', 'DKDLoss', 'HardLabelLoss', 'KLDivLoss', 'OFALoss'},
+        'logits': {
+            'BalancedKLDivLoss',
+            'BinaryKLDivLoss',
+            'DISTLoss',
+            'DKDLoss',
+            'HardLabelLoss',
+            'KLDivLoss',
+            'LogitMSELoss',
+            'OFALoss',
+        },
         'predictions': {'AutoBoxLoss', 'BoxIoULoss', 'BoxL1Loss', 'LocalizationDistillLoss', 'YOLOLogitLoss'},
         'segmentation': {'PixelwiseKLDivLoss'},
         'masks': {'MaskKLDivLoss'},
@@ -161,7 +170,8 @@ def test_what_the_losses_here_declare():
     assert declaring('any_grid') == {'RelationLoss'}
     assert declaring('built_per_level') == {'MGDLoss'}
     on_logits = consumers['logits']
-    assert declaring('activation', 'softmax') & on_logits == on_logits - {'BinaryKLDivLoss'}
+    assert declaring('activation', 'softmax') & on_logits == on_logits - {'BinaryKLDivLoss', 'LogitMSELoss'}
+    assert declaring('balances') == {'BalancedKLDivLoss'}
     assert declaring('activation', 'sigmoid') & on_logits == {'BinaryKLDivLoss'}
     # What compares no classes suits any.
     assert declaring('activation', None) >= consumers['features'] | consumers['predictions'] | consumers['masks']

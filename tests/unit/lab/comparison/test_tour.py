@@ -90,9 +90,11 @@ def test_one_table_and_one_report_of_two(two, tmp_path):
     results = compare_all(experiments, tmp_path / 'all', 'Two of them', Display(stream))
     steps = order.read_text().splitlines()
     assert len(steps) == len(set(steps)) == 12
-    # Those that wait for nothing first, then those that need a teacher, then all evaluations.
+    # Those that wait for nothing first, then those that need a teacher beside evaluations of the first, then theirs.
     assert set(steps[:3]) == {'a teacher', 'b teacher', 'b plain'}
-    assert set(steps[3:6]) == {'a plain', 'a mine', 'b mine'}
+    taught = {'a plain', 'a mine', 'b mine'}
+    assert set(steps[3:9]) == taught | {'a test teacher', 'b test teacher', 'b test plain, seed 0'}
+    assert set(steps[9:]) == {f'{one} test {arm}, seed 0' for one, arm in map(str.split, taught)}
     printed = stream.getvalue()
     assert printed.count('parameters') == 1 and 's/epoch' not in printed and 'nan' not in printed
     lines = [line.split() for line in printed.splitlines()]
