@@ -47,8 +47,8 @@ def table(task: str | None = None, width: int = WIDTH) -> str:
     """
     rows = [('recipe', 'for', 'method')]
     for name in names(task):
-        tasks = tasks_of(name)
-        rows.append((name, 'every task' if set(tasks) == set(TASKS) else ', '.join(tasks), description(name)))
+        known = tasks_of(name)
+        rows.append((name, 'every task' if set(known) == set(TASKS) else ', '.join(known), description(name)))
     first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
     indent = ' ' * (first + second + 4)
     lines = []
