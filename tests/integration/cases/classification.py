@@ -42,7 +42,8 @@ _TWO_RANKS = {
     'token, model': TOKEN_MODEL.but(
         options=dict(train_dataloader__batch_size=2, train_cfg__max_epochs=3),
         teacher=dict(classes=5, names=('square', 'star', 'moon', 'bar', 'sun')),
-        distill=dict(start=1, stop=2),
+        distill=dict(start=1, stop=2, stages=[dict(until=2, freeze=['net.patch_embed']), {}]),
+        frozen='net.patch_embed.',
         on='000011110000',
         idle=True,
     )
@@ -133,7 +134,8 @@ KEEPS = {
         'token, model': TOKEN_MODEL.but(
             terms=weighted(dict(TOKEN_MODEL.terms, **_FOUND), _RAMP),
             options=_EXACT,
-            distill=dict(start=1, stop=3),
+            # It dies and goes on in a stage, and comes to the next one.
+            distill=dict(start=1, stop=3, stages=[dict(until=3, freeze=['net.patch_embed', 'net.norm']), {}]),
             on='00111100',
         )
     },
