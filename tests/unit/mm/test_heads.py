@@ -198,7 +198,15 @@ def test_bfloat16_outputs_are_decoded_in_float32(name):
             torch.testing.assert_close(getattr(p, field), getattr(exact, field))
 
 
-@pytest.mark.parametrize('name', ['yolox', 'yolov3', 'rtmdet', 'gfl', 'retina', 'fcos', 'tood'])
+@pytest.mark.parametrize(
+    'name',
+    # A minute for all of them: each compiles a reader.
+    [
+        'yolox',
+        'gfl',
+        *(pytest.param(n, marks=pytest.mark.long) for n in ('yolov3', 'rtmdet', 'retina', 'fcos', 'tood')),
+    ],
+)
 def test_compiles(name):
     head = build(name).eval()
     outputs = [[m.detach() for m in maps] for maps in head(features(head))]

@@ -45,6 +45,7 @@ def test_measures_losses(tmp_path, capsys):
     assert json.loads(file.read_text())['losses'][0]['ratio'] == dense['ratio']
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_tool_measures_memory_in_processes_of_its_own():
     command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), *TINY, '--loss']
@@ -53,6 +54,7 @@ def test_the_tool_measures_memory_in_processes_of_its_own():
     assert shown.count('peak memory / inputs') == (0 if highest_memory(str, 1, torch.device('cpu')) is None else 2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_peak_memory_of_the_lean_path():
     """256 MiB of inputs: the plain formula holds several maps more than ours."""

@@ -49,7 +49,7 @@ def classifiers(student, teacher):
     ('recipe', 'form', 'models'),
     [
         ('yolo_logit', 'hook', None),
-        ('feature', 'hook', None),
+        pytest.param('feature', 'hook', None, marks=pytest.mark.long),
         ('deit_token', 'hook', ('digits_deit_student', 'digits_resnet_teacher')),
         ('vit_feature', 'hook', ('digits_resnet_student', 'digits_vit_teacher')),
         ('multi_label', 'hook', ('digits_multilabel_student', 'digits_multilabel_teacher')),
