@@ -251,6 +251,11 @@ class Session(Apart):
     def alpha(self, value: float | None) -> None:
         self._alpha = value
 
+    @property
+    def _alphas(self) -> set[float | None]:
+        """The balances of all parts of the run."""
+        return {self._alpha if stage.alpha is None else stage.alpha for stage in self.stages} or {self._alpha}
+
     def schedule(self, unit: str, total: int) -> str:
         """When KD is on, in words; ``total`` is the length of the run in units."""
         return schedule_text(self.window, unit, total, self._alpha, self.stages)
@@ -335,8 +340,7 @@ class Session(Apart):
                     term.temperature(position)
             except DistillError as error:
                 raise DistillError(f'term {term.name!r}: {error}') from error
-            alphas = {self._alpha if s.alpha is None else s.alpha for s in self.stages} or {self._alpha}
-            if term.ratio is not None and 1 in alphas:
+            if term.ratio is not None and 1 in self._alphas:
                 raise DistillError(
                     f"term {term.name!r}: weight='auto' holds KD at a share of the student's own loss, which alpha=1 "
                     'leaves out; write a number, or another alpha.'
@@ -469,7 +473,7 @@ class Session(Apart):
             for name, teacher in self.teachers.items():
                 with self._running('teacher', teacher.model, inputs):
                     paths = [*self._modules(self._taps_in(name)), *around[name]]
-                    taught[name] = self._ask(teacher, inputs, samples, paths)
+                    taught[name] = self._ask(name, inputs, samples, paths)
             batch = Batch(capture, taught, self.host.targets(inputs, samples))
             self._count_images()
             heads = {side: self._read_heads(side, around[side], batch) for side in around}
@@ -782,15 +786,15 @@ class Session(Apart):
         for term in live:
             for tap in term.taps:
                 taps.setdefault(tap.owner, []).append(tap)
-        return {n: self._ask(self.teachers[n], inputs, samples, self._modules(t)) for n, t in taps.items()}
+        return {n: self._ask(n, inputs, samples, self._modules(t)) for n, t in taps.items()}
 
-    def _ask(self, teacher: Teacher, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
+    def _ask(self, name: str, inputs: Any, samples: Any, modules: Sequence[str]) -> Capture:
+        teacher = self.teachers[name]
         seen = self.host.for_teacher(inputs)
         like = _like(seen, self.student)
         teacher.to(like)
         if not self._checked:
             return teacher.outputs(seen, samples, modules)
-        name = next(n for n, t in self.teachers.items() if t is teacher)
         with self.stopwatch.measure(name, like.device.type):
             return teacher.outputs(seen, samples, modules)
 
@@ -1001,10 +1005,9 @@ class Session(Apart):
     @property
     def share(self) -> tuple[float | None, float | None]:
         """``kd_ratio`` in the first and the last iterations, as logged; None where stages or alpha=1 leave no one."""
-        alphas = {self._alpha if stage.alpha is None else stage.alpha for stage in self.stages} or {self._alpha}
-        if len(alphas) > 1:
+        if len(self._alphas) > 1:
             return None, None
-        (alpha,) = alphas
+        (alpha,) = self._alphas
         own = 1.0 if alpha is None else 1 - alpha
         first, last = self.balance.share()
         return tuple(None if value is None or not own else value / own for value in (first, last))  # type: ignore[return-value]
