@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def own_files(monkeypatch):
     """Names of the modules in tests/unit/extending, by what they add; what they register ends with the test."""
-    from kd_plugins.distiller import schedules, weighting
+    from kd_plugins.distiller import combining, schedules, weighting
     from kd_plugins.predictions import form, readers
     from kd_plugins.teachers import sources, teacher_kind
 
@@ -102,6 +102,7 @@ def own_files(monkeypatch):
     for module, table in (
         (schedules, '_PARSERS'),
         (weighting, '_KINDS'),
+        (combining, '_KINDS'),
         (form, '_FORMS'),
         (readers, '_readers'),
         (sources, '_SOURCES'),

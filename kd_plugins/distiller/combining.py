@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd_plugins.errors import DistillError, in_words, nearest
+from kd_plugins.distiller.kinds import build_kind, register_in
+from kd_plugins.errors import DistillError
 from kd_plugins.predictions import Classes, Form
 
 
@@ -56,12 +57,7 @@ _KINDS: dict[str, Callable[..., Combination]] = {}
 
 def register_combination(name: str) -> Callable[[type], type]:
     """Decorator for a `Combination`; a term takes it as ``combine=dict(type=name, **options)``."""
-
-    def decorate(cls: type) -> type:
-        _KINDS[name] = cls
-        return cls
-
-    return decorate
+    return register_in(_KINDS, name)
 
 
 def build_combination(value: Any, where: str) -> Combination:
@@ -70,14 +66,7 @@ def build_combination(value: Any, where: str) -> Combination:
     Raises:
         DistillError: There is no such combination, or it does not take these options.
     """
-    options = dict(value) if isinstance(value, Mapping) else {'type': value}
-    kind = options.pop('type', None)
-    if kind not in _KINDS:
-        raise DistillError(f'{where} has no type {kind!r}: {nearest(kind, _KINDS)}')
-    try:
-        return _KINDS[kind](**options)
-    except TypeError as error:
-        raise DistillError(f'{where} ({kind}) does not take these options: {in_words(error)}.') from error
+    return build_kind(_KINDS, value, where)
 
 
 @register_combination('mean')

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd_plugins.errors import DistillError, in_words, nearest
+from kd_plugins.distiller.kinds import build_kind, register_in
+from kd_plugins.errors import DistillError
 from kd_plugins.predictions import Form
 
 
@@ -33,12 +34,7 @@ _KINDS: dict[str, Callable[..., Weighting]] = {}
 
 def register_weighting(name: str) -> Callable[[type], type]:
     """Decorator for a `Weighting`; a term takes it as ``samples=dict(type=name, **options)``."""
-
-    def decorate(cls: type) -> type:
-        _KINDS[name] = cls
-        return cls
-
-    return decorate
+    return register_in(_KINDS, name)
 
 
 def build_weighting(value: Any, where: str) -> Weighting | None:
@@ -47,16 +43,7 @@ def build_weighting(value: Any, where: str) -> Weighting | None:
     Raises:
         DistillError: There is no such weighting, or it does not take these options.
     """
-    if value is None:
-        return None
-    options = dict(value) if isinstance(value, Mapping) else {'type': value}
-    kind = options.pop('type', None)
-    if kind not in _KINDS:
-        raise DistillError(f'{where} has no type {kind!r}: {nearest(kind, _KINDS)}')
-    try:
-        return _KINDS[kind](**options)
-    except TypeError as error:
-        raise DistillError(f'{where} ({kind}) does not take these options: {in_words(error)}.') from error
+    return None if value is None else build_kind(_KINDS, value, where)
 
 
 def _logits(
